@@ -1,0 +1,247 @@
+"""The contract of every backbone here: a four-stage pyramid for detection and segmentation."""
+
+from __future__ import annotations
+
+import difflib
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.depthwise import TRAIN_FORMS, TrainForm
+from ..layers.metanext import Stage
+from ..reparam.fusion import FusionReport, fuse_backbone
+from ..reparam.plans import INEXACT, Plan, deploy_plan
+
+NUM_STAGES = 4
+NORM_TYPES = ('BN', 'BN2d', 'SyncBN')
+NORM_KEYS = ('type', 'eps', 'momentum', 'requires_grad')
+
+
+class PyramidBackbone(BaseModule):
+    """Base of the families: arguments, freezing, norms, weights and fusion.
+
+    A family gives `arch_zoo`, the keys of one row in `arch_keys`, and `build`.
+
+    Args:
+        arch: Name of a row of `arch_zoo`, or a dict with `arch_keys`.
+        out_indices: Stages to return, increasing, each in 0..3.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
+        norm_cfg: `type` BN or SyncBN; optionally `eps`, `momentum`, `requires_grad`.
+        norm_eval: Keep every norm in eval mode while training.
+        drop_path_rate: Stochastic depth; None takes the rate of `arch`.
+        with_cp: Recompute activations in backward, which saves memory and costs time.
+        train_form: 'merged' composes each mixer's kernels into one in the forward pass;
+            'branches' computes branch by branch, as published, and is the reference.
+        deploy: Build the fused form: True for plan 'exact', or a plan's name. It loads what
+            `reparameterize` with that plan produced.
+        init_cfg: As in MMEngine. `dict(type='Pretrained', checkpoint=...)` takes a published
+            name, a URL or a path, and is loaded by `repnext_mm.checkpoints.load_pretrained`.
+
+    Raises:
+        ValueError: An argument has a value that is not allowed.
+        TypeError: `arch` is neither a name nor a dict, or `norm_cfg` is not a dict.
+    """
+
+    arch_zoo: ClassVar[dict[str, dict[str, Any]]]
+    #: Keys of a row of `arch_zoo`, each with the default of a custom `arch` (`...` = required).
+    arch_keys: ClassVar[dict[str, Any]]
+    #: Factor by which each stage is smaller than the image.
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
+
+    stem: nn.Module
+    stages: nn.ModuleList
+
+    def __init__(
+        self,
+        arch: str | dict[str, Any],
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_cfg: dict[str, Any] | None = None,
+        norm_eval: bool = False,
+        drop_path_rate: float | None = None,
+        with_cp: bool = False,
+        train_form: TrainForm = 'merged',
+        deploy: bool | str = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        settings = self._check_arch(arch)
+        self.arch = arch if isinstance(arch, str) else 'custom'
+        self.channels: tuple[int, ...] = tuple(settings['channels'])
+        self.out_indices = _check_out_indices(out_indices)
+        self.frozen_stages = _check_frozen_stages(frozen_stages)
+        norm_cfg = _check_norm_cfg({'type': 'BN'} if norm_cfg is None else norm_cfg)
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        if train_form not in TRAIN_FORMS:
+            raise ValueError(
+                f'train_form={train_form!r} is not allowed; choose one of {", ".join(TRAIN_FORMS)}.'
+            )
+        if drop_path_rate is None:
+            drop_path_rate = settings.get('drop_path_rate', 0.0)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate} must be at least 0 and below 1.')
+
+        self.build(settings, drop_path_rate=drop_path_rate, train_form=train_form)
+        for stage in self.stages:
+            if isinstance(stage, Stage):
+                stage.with_cp = with_cp
+
+        self.plan: Plan | None = None
+        self.fusion_report: FusionReport | None = None
+        plan = deploy_plan(deploy)
+        if plan is not None:
+            self.eval()
+            self.switch_to_deploy(plan, tuple(INEXACT))
+        _apply_norm_cfg(self, norm_cfg)
+        self.train()
+
+    @abstractmethod
+    def build(self, settings: dict[str, Any], drop_path_rate: float, train_form: TrainForm) -> None:
+        """Set `stem` and `stages` (training form, plain BatchNorm2d) from a complete row."""
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each returned stage."""
+        return tuple(self.channels[i] for i in self.out_indices)
+
+    @property
+    def out_strides(self) -> tuple[int, ...]:
+        """Stride of each returned stage with respect to the image."""
+        return tuple(self.strides[i] for i in self.out_indices)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage."""
+        x = self.stem(x)
+        outs = []
+        for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Initialise as MMEngine does; `Pretrained` goes through this package's safe loader.
+
+        Raises:
+            CheckpointError: The weights cannot be read, or do not fit this `arch`.
+        """
+        cfg = self.init_cfg
+        if self.is_init or not isinstance(cfg, dict) or cfg.get('type') != 'Pretrained':
+            super().init_weights()
+            return
+        from ..checkpoints import load_pretrained
+
+        options = {k: v for k, v in cfg.items() if k not in ('type', 'checkpoint', 'map_location')}
+        load_pretrained(self, cfg['checkpoint'], **options)
+        self._is_init = True
+
+    def train(self, mode: bool = True) -> PyramidBackbone:
+        """Set the mode; frozen stages, and with `norm_eval` all norms, stay in eval mode."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def switch_to_deploy(self, plan: Plan = 'exact', accept_inexact: Sequence[str] = ()) -> None:
+        """Fuse this backbone in place, under OpenMMLab's name for it.
+
+        `repnext_mm.reparameterize` fuses a copy and checks more; prefer it.
+
+        Raises:
+            ValueError: In training mode, or the plan is not exact here and was not accepted.
+        """
+        if self.training:
+            raise ValueError('the backbone is in training mode; call .eval() before fusing it.')
+        fuse_backbone(self, plan, accept_inexact)
+        self._freeze_stages()
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in (self.stem, *self.stages[: self.frozen_stages]):
+            module.eval()
+            for param in module.parameters():
+                param.requires_grad = False
+
+    @classmethod
+    def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
+        """The complete row of settings for `arch`."""
+        if isinstance(arch, str):
+            if arch in cls.arch_zoo:
+                return cls.arch_keys | cls.arch_zoo[arch]
+            close = difflib.get_close_matches(arch.lower(), cls.arch_zoo, 1)
+            hint = f' Did you mean {close[0]!r}?' if close else ''
+            raise ValueError(
+                f'arch={arch!r} is not a {cls.__name__}; choose one of '
+                f'{", ".join(cls.arch_zoo)}, or give a dict.{hint}'
+            )
+        if not isinstance(arch, dict):
+            raise TypeError(f'arch must be a name or a dict, not {type(arch).__name__}.')
+        unknown = [k for k in arch if k not in cls.arch_keys]
+        missing = [k for k, v in cls.arch_keys.items() if v is ... and k not in arch]
+        if unknown or missing:
+            raise ValueError(
+                f'a custom arch of {cls.__name__} has the keys {", ".join(cls.arch_keys)}; '
+                f'missing: {missing or "none"}, unknown: {unknown or "none"}.'
+            )
+        settings = cls.arch_keys | arch
+        for key in ('channels', 'depths'):
+            values = settings.get(key)
+            if values is None:
+                continue
+            if len(values) != NUM_STAGES or not all(isinstance(v, int) for v in values):
+                raise ValueError(f'arch[{key!r}]={values} must be {NUM_STAGES} whole numbers.')
+        return settings
+
+
+def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    allowed = range(NUM_STAGES)
+    if not indices or any(i not in allowed for i in indices) or sorted(set(indices)) != [*indices]:
+        raise ValueError(
+            f'out_indices={indices} must be one or more increasing stages out of {tuple(allowed)}.'
+        )
+    return indices
+
+
+def _check_frozen_stages(frozen_stages: int) -> int:
+    if frozen_stages not in range(-1, NUM_STAGES + 1):
+        raise ValueError(
+            f'frozen_stages={frozen_stages} is not allowed; -1 freezes nothing, 0 the stem, '
+            f'1 to {NUM_STAGES} the stem and so many stages.'
+        )
+    return frozen_stages
+
+
+def _check_norm_cfg(norm_cfg: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(norm_cfg, dict):
+        raise TypeError(f'norm_cfg must be a dict, not {type(norm_cfg).__name__}.')
+    if norm_cfg.get('type') not in NORM_TYPES:
+        raise ValueError(
+            f'norm_cfg type {norm_cfg.get("type")!r} is not allowed; choose one of '
+            f'{", ".join(NORM_TYPES)}: published weights and fusion need batch statistics.'
+        )
+    unknown = sorted(set(norm_cfg) - set(NORM_KEYS))
+    if unknown:
+        raise ValueError(f'norm_cfg has no key {unknown}; allowed: {", ".join(NORM_KEYS)}.')
+    return norm_cfg
+
+
+def _apply_norm_cfg(module: nn.Module, norm_cfg: dict[str, Any]) -> None:
+    """Turn every BatchNorm2d below `module` into what `norm_cfg` asks for, in place."""
+    if norm_cfg['type'] == 'SyncBN':
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.eps = norm_cfg.get('eps', norm.eps)
+            norm.momentum = norm_cfg.get('momentum', norm.momentum)
+            for param in norm.parameters():
+                param.requires_grad = norm_cfg.get('requires_grad', True)

@@ -1,0 +1,37 @@
+"""Convolution and BatchNorm as one layer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from ..reparam import folding
+from ..reparam.plans import Plan
+from .fusible import Fusible, Note
+
+
+class ConvNorm(nn.Sequential, Fusible):
+    """Conv2d `conv`, then BatchNorm2d `norm`; fuses to one Conv2d with bias.
+
+    `(N, in_channels, H, W) -> (N, out_channels, H', W')`
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> None:
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias
+        )
+        super().__init__(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        note('convolution and norm to one convolution')
+        return folding.fold_norm_backward(self.conv, self.norm)

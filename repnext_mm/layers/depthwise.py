@@ -1,0 +1,144 @@
+"""Multi-branch depthwise convolutions that are one depthwise convolution."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..reparam import folding, kernels
+from ..reparam.plans import Plan
+from .fusible import Fusible, Note
+
+TrainForm = Literal['merged', 'branches']
+TRAIN_FORMS: tuple[TrainForm, ...] = get_args(TrainForm)
+
+#: One branch: the sizes of the kernels that it applies one after the other.
+Branch = tuple[tuple[int, int], ...]
+
+
+def branch_name(size: tuple[int, int]) -> str:
+    """Published name of a branch convolution: 7x7 `conv_7_7`, 1x7 `conv_7_w`, 7x1 `conv_7_h`."""
+    height, width = size
+    if height == 1:
+        return f'conv_{width}_w'
+    return f'conv_{height}_h' if width == 1 else f'conv_{height}_{width}'
+
+
+def branch_dilation(size: tuple[int, int]) -> int:
+    """2x2 kernels are spread over a 3x3 window; all others are dense."""
+    return 2 if size == (2, 2) else 1
+
+
+class BranchedDepthwise(Fusible):
+    """Sum of parallel depthwise branches, each one kernel or a pair of strips in series.
+
+    There is no norm and no nonlinearity inside, so the sum is one depthwise convolution of the
+    largest kernel. The 'merged' train form composes that kernel from the branch parameters in
+    every forward pass: same parameters and gradients, one convolution instead of one per
+    kernel. The 'branches' form computes branch by branch, as published, and is the reference.
+    `(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))`
+
+    Single kernels have a bias, strip pairs have none (RepNeXt, arXiv 2406.16004, section 3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        branches: tuple[Branch, ...],
+        stride: int = 1,
+        train_form: TrainForm = 'merged',
+    ) -> None:
+        super().__init__()
+        self.branches = branches
+        self.train_form = train_form
+        self.stride = stride
+        self.kernel_size = max(size for branch in branches for size in branch)
+        self.groups = channels
+        for branch in branches:
+            for size in branch:
+                # A strip strides along its own direction only; its partner does the other.
+                steps = (stride, stride) if len(branch) == 1 else _strip_stride(size, stride)
+                dilation = branch_dilation(size)
+                conv = nn.Conv2d(
+                    channels,
+                    channels,
+                    size,
+                    stride=steps,
+                    padding=tuple(dilation * (k - 1) // 2 for k in size),
+                    dilation=dilation,
+                    groups=channels,
+                    bias=len(branch) == 1,
+                )
+                self.add_module(branch_name(size), conv)
+
+    def convs(self, branch: Branch) -> list[nn.Conv2d]:
+        """The convolutions of one branch, in order."""
+        return [self.get_submodule(branch_name(size)) for size in branch]  # type: ignore[misc]
+
+    def merged_kernel(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Weight `(C, 1, kh, kw)` and bias `(C,)` of the whole sum, composed in `dtype`."""
+        weights, biases = [], []
+        for branch in self.branches:
+            first, *rest = self.convs(branch)
+            weight = kernels.dilate_kernel(first.weight.to(dtype), first.dilation[0])
+            for conv in rest:
+                weight = kernels.compose_strips(weight, conv.weight.to(dtype))
+            weights.append(kernels.pad_kernel(weight, self.kernel_size))
+            if first.bias is not None:
+                biases.append(first.bias.to(dtype))
+        return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.train_form == 'branches':
+            return self.forward_branches(x)
+        weight, bias = self.merged_kernel()
+        padding = [k // 2 for k in self.kernel_size]
+        return F.conv2d(x, weight, bias, self.stride, padding, groups=self.groups)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for branch in self.branches:
+            out = x
+            for conv in self.convs(branch):
+                out = conv(out)
+            total = out if total is None else total + out
+        assert total is not None
+        return total
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        note(f'{len(self.branches)} depthwise branches to one kernel')
+        return folding.conv2d(
+            *self.merged_kernel(torch.float64),
+            like=self.convs(self.branches[0])[0],
+            padding=tuple(k // 2 for k in self.kernel_size),
+        )
+
+    def extra_repr(self) -> str:
+        return f'stride={self.stride}, train_form={self.train_form!r}'
+
+
+def _strip_stride(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    return (1, stride) if size[0] == 1 else (stride, 1)
+
+
+class DeinterleavedConv2d(nn.Conv2d):
+    """Grouped convolution C -> 2C whose outputs are reordered from pairs to halves.
+
+    A convolution with C groups puts the two outputs of an input channel side by side; the copy
+    convolution that it stands for concatenates all first outputs, then all second ones.
+    `(N, C, H, W) -> (N, 2C, H', W')`
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out.unflatten(1, (self.groups, 2)).transpose(1, 2).flatten(1, 2)
+
+    def fold_norm_backward(self, norm: _BatchNorm) -> DeinterleavedConv2d:
+        """Fold the norm that follows, whose channels come in halves, into the convolution."""
+        affine = (kernels.interleave(*t.chunk(2)) for t in folding.norm_affine(norm))
+        folded = kernels.fold_output(*folding.weights(self), *affine)
+        return folding.conv2d(*folded, like=self, cls=DeinterleavedConv2d)

@@ -1,0 +1,116 @@
+"""The macro design that RepNeXt and RecNeXt share: stem, block, downsample, stage."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..reparam import folding
+from ..reparam.plans import Plan
+from .conv_norm import ConvNorm
+from .fusible import Fusible, Note
+from .recompute import run_checkpointed
+
+
+def conv_stem(channels: int) -> nn.Sequential:
+    """Two strided 3x3 convolutions. `(N, 3, H, W) -> (N, channels, H / 4, W / 4)`, rounded up."""
+    return nn.Sequential(
+        ConvNorm(3, channels // 2, 3, stride=2, padding=1),
+        nn.GELU(),
+        ConvNorm(channels // 2, channels, 3, stride=2, padding=1),
+    )
+
+
+def channel_mixer(channels: int, ratio: float, bias: bool = False) -> nn.Sequential:
+    """Two 1x1 convolutions around a GELU, hidden width `int(channels * ratio)`."""
+    hidden = int(channels * ratio)
+    return nn.Sequential(
+        ConvNorm(channels, hidden, bias=bias), nn.GELU(), ConvNorm(hidden, channels, bias=bias)
+    )
+
+
+def drop_path(rate: float) -> nn.Module:
+    """Stochastic depth per sample, or nothing at rate 0."""
+    return DropPath(rate) if rate else nn.Identity()
+
+
+class MetaNeXtBlock(Fusible):
+    """`x + drop_path(channel_mixer(norm(token_mixer(x))))`, shape-preserving `(N, C, H, W)`."""
+
+    def __init__(
+        self, channels: int, token_mixer: nn.Module, mlp_ratio: float, drop_path_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.token_mixer = token_mixer
+        self.norm = nn.BatchNorm2d(channels)
+        self.channel_mixer = channel_mixer(channels, mlp_ratio)
+        self.drop_path = drop_path(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.channel_mixer(self.norm(self.token_mixer(x))))
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        if plan != 'branches' and isinstance(self.norm, _BatchNorm):
+            note('norm forward into the 1x1 convolution after it')
+            self.channel_mixer[0] = folding.fold_norm_forward(self.norm, self.channel_mixer[0])
+            self.norm = nn.Identity()
+        return self
+
+
+class Downsample(Fusible):
+    """`y = norm(token_mixer(x)); y + channel_mixer(y)`.
+
+    `(N, C, H, W) -> (N, out_channels, H / 2, W / 2)`, rounded up; `token_mixer` does the stride.
+    """
+
+    def __init__(self, out_channels: int, token_mixer: nn.Module, mlp_ratio: float) -> None:
+        super().__init__()
+        self.token_mixer = token_mixer
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.channel_mixer = channel_mixer(out_channels, mlp_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.token_mixer(x))
+        return y + self.channel_mixer(y)
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        if plan != 'branches' and isinstance(self.norm, _BatchNorm):
+            # The shortcut starts after the norm, so the norm can only go backward.
+            note('norm backward into the convolutions before it')
+            mixer = self.token_mixer
+            if hasattr(mixer, 'fold_norm_backward'):
+                self.token_mixer = mixer.fold_norm_backward(self.norm)
+            else:
+                self.token_mixer = folding.fold_norm_backward(cast(nn.Conv2d, mixer), self.norm)
+            self.norm = nn.Identity()
+        return self
+
+
+class Stage(nn.Module):
+    """An optional downsample, then blocks; one level of the pyramid.
+
+    With `with_cp`, each part's activations are recomputed in backward instead of being kept.
+    """
+
+    def __init__(
+        self, blocks: list[nn.Module], downsample: nn.Module | None = None, with_cp: bool = False
+    ) -> None:
+        super().__init__()
+        if downsample is not None:
+            self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.with_cp = with_cp
+
+    def parts(self) -> list[nn.Module]:
+        """The downsample, if there is one, and the blocks."""
+        downsample = [self.downsample] if hasattr(self, 'downsample') else []
+        return [*downsample, *self.blocks]
+
+    def forward(self, x: Tensor) -> Tensor:
+        recompute = self.with_cp and self.training
+        for part in self.parts():
+            x = run_checkpointed(part, x) if recompute else part(x)
+        return x

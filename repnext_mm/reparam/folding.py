@@ -1,0 +1,61 @@
+"""Folds between modules, on top of the kernel algebra; computed in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import kernels
+
+
+def conv2d(
+    weight: Tensor, bias: Tensor | None, like: nn.Conv2d, cls: type[nn.Conv2d] = nn.Conv2d, **kwargs
+) -> nn.Conv2d:
+    """A convolution with the given weight, in `like`'s dtype, device and memory format.
+
+    Stride, padding and groups are `like`'s unless given in `kwargs`.
+    """
+    options = dict(stride=like.stride, padding=like.padding, groups=like.groups) | kwargs
+    out_channels, in_per_group, *kernel_size = weight.shape
+    reference = like.weight
+    conv = cls(
+        in_per_group * options['groups'],
+        out_channels,
+        tuple(kernel_size),
+        bias=bias is not None,
+        device='meta',
+        **options,
+    )
+    channels_last = reference.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and not reference.is_contiguous():
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    conv.weight = nn.Parameter(weight.to(reference))
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.to(reference))
+    return conv.train(like.training)
+
+
+def weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """The convolution's weight and bias in float64."""
+    return conv.weight.double(), None if conv.bias is None else conv.bias.double()
+
+
+def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift `(C,)`, float64, of a BatchNorm in eval mode."""
+    mean, var, weight, bias = (
+        None if t is None else t.double()
+        for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    assert mean is not None and var is not None, 'our norms track their statistics'
+    return kernels.norm_affine(mean, var, weight, bias, norm.eps)
+
+
+def fold_norm_backward(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
+    """The convolution that computes `norm(conv(x))`."""
+    return conv2d(*kernels.fold_output(*weights(conv), *norm_affine(norm)), like=conv)
+
+
+def fold_norm_forward(norm: _BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
+    """The 1x1 convolution that computes `conv(norm(x))`."""
+    return conv2d(*kernels.fold_input(*weights(conv), *norm_affine(norm)), like=conv)

@@ -1,0 +1,50 @@
+"""Proof by computation that two forms of a network agree."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class StageError:
+    """Largest difference of one output, absolute and relative to the reference's std."""
+
+    index: int
+    shape: tuple[int, ...]
+    max_abs: float
+    max_rel: float
+
+
+@torch.no_grad()
+def prove(
+    reference: nn.Module, other: nn.Module, size: tuple[int, int] = (512, 512), seed: int = 0
+) -> list[StageError]:
+    """Compare two backbones in float64 on one seeded normal image `(1, 3, *size)`.
+
+    Returns one entry per output. Neither model is changed.
+
+    Raises:
+        ValueError: A model is in training mode, or the outputs differ in number or shape.
+    """
+    if reference.training or other.training:
+        raise ValueError('both models must be in eval mode; call .eval() on them first.')
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(1, 3, *size, generator=generator, dtype=torch.float64)
+    device = next(reference.parameters()).device
+    expected, actual = (
+        copy.deepcopy(m).to(device).double()(image.to(device)) for m in (reference, other)
+    )
+    shapes = [[tuple(t.shape) for t in outs] for outs in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'the outputs have shapes {shapes[0]} and {shapes[1]}.')
+    errors = []
+    for i, (e, a) in enumerate(zip(expected, actual, strict=True)):
+        worst = float((e - a).abs().max())
+        errors.append(
+            StageError(i, tuple(e.shape), worst, worst / max(float(e.std(correction=0)), 1e-12))
+        )
+    return errors
