@@ -1,0 +1,14 @@
+_base_ = [
+    './_base_/models/mask_rcnn_fpn.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/coco_1x.py',
+    './_base_/mmdet_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        type='RepNeXt',
+        arch='m0',
+        init_cfg=dict(type='Pretrained', checkpoint='repnext_m0_distill_300e'),
+    ),
+    neck=dict(in_channels=[40, 80, 160, 320]),
+)
