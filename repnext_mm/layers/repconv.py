@@ -53,7 +53,7 @@ class ChunkConv(Fusible):
         column_weight, column_bias = folding.weights(column)
         note(
             'chunk convolution to one 11x11 depthwise convolution',
-            'border' if row_bias.any() else 'exact',
+            'border' if row_bias.is_meta or row_bias.any() else 'exact',
         )
         small, small_bias = folding.weights(self.conv_s)
         medium, medium_bias = folding.weights(self.conv_m)
