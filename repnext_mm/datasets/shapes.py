@@ -1,0 +1,507 @@
+"""Shapes: a sample data set that is generated, so that training can be tried without a download.
+
+Each scene is a textured ground under a sky, with shapes in front. Shapes differ in size, stretch,
+rotation, colour and texture, hide each other, leave the frame and cast shadows; their class is
+their outline and nothing else. Now and then a crowd of tiny shapes is annotated as one region
+(``iscrowd``), as in COCO. The same scenes are written twice::
+
+    root/shapes.json                                      the generator, its version and parameters
+    root/coco/{train2017,val2017}/000000000001.jpg        COCO layout
+    root/coco/annotations/instances_{train,val}2017.json
+    root/ade/images/{training,validation}/*.jpg           ADE20K layout
+    root/ade/annotations/{training,validation}/*.png      0 = void, then CLASSES from 1
+
+Masks hold visible pixels only, and boxes and areas follow from the masks. Instance masks are
+run-length encoded, because a ring or a half-hidden shape is no single polygon. Label maps are meant
+for ``reduce_zero_label=True``, as ADE20K's: 0 marks the blurred line of the horizon.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# Raise it whenever the same parameters would give other files: `ensure` then renews old folders.
+VERSION = 1
+MARKER = 'shapes.json'
+GENERATOR = 'repnext_mm.datasets.shapes'
+Track = Callable[[Iterable[int], str], Iterable[int]]
+
+JPEG_QUALITY = 92
+MIN_VISIBLE = 0.35  # share of a shape's pixels that later shapes must leave visible
+MIN_AREA = 0.0016  # smallest visible area, as a share of the image's: 26 pixels of 128 x 128
+
+
+class ShapesError(ValueError):
+    """The sample data set cannot be made as asked; the message is one sentence for the user."""
+
+
+# --- outlines: signed distance in shape units, negative inside; `form` in [0, 1) varies the outline
+
+
+def _disc(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    return np.hypot(u, v) - 0.9
+
+
+def _ring(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    half_width = 0.14 + 0.08 * form
+    return np.abs(np.hypot(u, v) - (0.95 - half_width)) - half_width
+
+
+def _square(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.8
+
+
+def _triangle(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    angles = np.deg2rad((90, 210, 330))
+    return np.max([np.cos(a) * u + np.sin(a) * v for a in angles], axis=0) - 0.55
+
+
+def _star(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    points, inner = 5, 0.38 + 0.1 * form
+    # Fold the plane onto half a point: one edge, from the tip (1, 0) to the notch, is left.
+    sector = 2 * np.pi / points
+    angle = np.abs((np.arctan2(v, u) + sector / 2) % sector - sector / 2)
+    radius = np.hypot(u, v)
+    edge_u, edge_v = inner * np.cos(sector / 2) - 1, inner * np.sin(sector / 2)
+    distance = (radius * np.cos(angle) - 1) * edge_v - radius * np.sin(angle) * edge_u
+    return distance / np.hypot(edge_u, edge_v)
+
+
+OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    'disc': _disc,
+    'ring': _ring,
+    'square': _square,
+    'triangle': _triangle,
+    'star': _star,
+}
+THINGS = tuple(OUTLINES)
+STUFF = ('sky', 'ground')
+CLASSES = THINGS + STUFF  # label maps; detection has THINGS only
+
+# --- fills: how much of a shape's second colour shows, in shape units
+
+FILLS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    'plain': lambda u, v, pitch: np.zeros_like(u),
+    'gradient': lambda u, v, pitch: u / 2 + 0.5,
+    'stripes': lambda u, v, pitch: 2 * np.sin(pitch * u) + 0.5,
+    'checks': lambda u, v, pitch: 4 * np.sin(pitch * u) * np.sin(pitch * v) + 0.5,
+    'dots': lambda u, v, pitch: 2 * np.sin(pitch * u) * np.sin(pitch * v) - 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to generate: ``train`` and ``val`` images of ``size`` x ``size`` pixels."""
+
+    train: int = 1000
+    val: int = 100
+    size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            'train': (1, 999_999),
+            'val': (1, 999_999),
+            'size': (64, 2048),
+            'seed': (0, 2**63),
+        }
+        for name, (low, high) in allowed.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ShapesError(
+                    f'{name} must be a whole number from {low} to {high}, not {value!r}.'
+                )
+
+
+@dataclass
+class Instance:
+    """A thing of a scene: ``label`` indexes THINGS, ``mask`` (H, W) is what shows of it."""
+
+    label: int
+    mask: np.ndarray
+    crowd: bool = False
+
+
+@dataclass
+class Scene:
+    """An RGB ``image`` (H, W, 3) uint8, its ``labels`` (H, W) uint8 and its ``instances``."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    instances: list[Instance] = field(default_factory=list)
+
+
+# --- scenes
+
+
+def _noise(rng: np.random.Generator, size: int, cells: int, octaves: int = 1) -> np.ndarray:
+    """Smooth noise in [0, 1], (size, size): random values at the corners of cells x cells.
+
+    Each further octave halves the cells.
+    """
+    total = np.zeros((size, size))
+    weight_sum = 0.0
+    for octave in range(octaves):
+        count, weight = cells << octave, 0.6**octave
+        grid = rng.random((count + 1, count + 1))
+        at = np.arange(size) * (count / size)
+        low = at.astype(int)
+        mix = at - low
+        mix = mix * mix * (3 - 2 * mix)
+        rows = grid[low] * (1 - mix)[:, None] + grid[low + 1] * mix[:, None]
+        total += weight * (rows[:, low] * (1 - mix) + rows[:, low + 1] * mix)
+        weight_sum += weight
+    return total / weight_sum
+
+
+def _colour(
+    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
+) -> np.ndarray:
+    return np.array(
+        colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
+    )
+
+
+def _blend(under: np.ndarray, over: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    alpha = alpha[..., None]
+    return under * (1 - alpha) + over * alpha
+
+
+def _backdrop(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sky over ground: RGB in [0, 1], (size, size, 3), and the label map with the horizon void."""
+    y, x = np.mgrid[:size, :size] / size
+    cells = int(rng.integers(2, 5))
+    sky = _blend(
+        _blend(_colour(rng, (0.1, 0.5), (0.5, 0.9)), _colour(rng, (0.0, 0.3), (0.7, 1.0)), y),
+        np.ones(3),
+        np.clip(2.5 * _noise(rng, size, cells, 3) - 1.2, 0, 0.7),
+    )
+    relief = _noise(rng, size, int(rng.integers(6, 20)), 3)
+    if rng.random() < 0.5:  # furrows that run to the horizon
+        pitch, slope = rng.uniform(20, 60), rng.uniform(-1, 1)
+        relief = 0.6 * relief + 0.4 * (0.5 + 0.5 * np.sin(pitch * (x + slope * y) + 4 * relief))
+    ground = _blend(
+        _colour(rng, (0.2, 0.7), (0.2, 0.5)),
+        _colour(rng, (0.1, 0.6), (0.4, 0.8)),
+        np.clip(2 * relief - 0.5, 0, 1),
+    )
+    horizon = rng.uniform(0.15, 0.6) + rng.uniform(0, 0.2) * (_noise(rng, size, 3)[0] - 0.5)
+    below = (y - horizon) * size  # pixels
+    labels = np.where(below > 0, CLASSES.index('ground') + 1, CLASSES.index('sky') + 1)
+    labels[np.abs(below) < max(1.0, size / 128)] = 0
+    return _blend(sky, ground, np.clip(below / 2 + 0.5, 0, 1)), labels.astype(np.uint8)
+
+
+class _Painter:
+    """Paints shapes back to front and keeps, for every pixel, the instance that shows there."""
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        self.rng, self.size = rng, size
+        self.image, self.labels = _backdrop(rng, size)
+        self.owner = np.full((size, size), -1)
+        self.areas: list[int] = []  # pixels of each instance before others hid it
+        self.classes: list[int] = []
+        self.crowds: list[bool] = []
+        self.y, self.x = np.mgrid[:size, :size] + 0.5
+        angle = rng.uniform(0, 2 * np.pi)
+        self.light = (np.cos(angle), np.sin(angle))
+
+    def shape(
+        self, label: int, centre: tuple[float, float], radius: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw one shape: RGB (H, W, 3), its coverage and its shadow's (H, W), all in [0, 1]."""
+        rng = self.rng
+        form, angle = rng.random(), rng.uniform(0, 2 * np.pi)
+        stretch = np.exp(rng.uniform(-0.18, 0.18))
+        scales = (radius * stretch, radius / stretch)
+
+        def local(x0: float, y0: float) -> tuple[np.ndarray, np.ndarray]:
+            dx, dy = self.x - x0, self.y - y0
+            return (
+                (np.cos(angle) * dx + np.sin(angle) * dy) / scales[0],
+                (np.cos(angle) * dy - np.sin(angle) * dx) / scales[1],
+            )
+
+        outline = OUTLINES[THINGS[label]]
+        u, v = local(*centre)
+        distance = outline(u, v, form) * min(scales)
+        coverage = np.clip(0.5 - distance, 0, 1)
+
+        offset = rng.uniform(0.1, 0.3) * radius
+        shadow_distance = outline(
+            *local(centre[0] - offset * self.light[0], centre[1] - offset * self.light[1]), form
+        )
+        shadow = np.clip(0.5 - shadow_distance * min(scales) / (1 + 0.15 * radius), 0, 1)
+
+        first, second = _colour(rng, (0.35, 1.0), (0.45, 1.0)), _colour(rng, (0.0, 1.0), (0.2, 1.0))
+        fill = FILLS[str(rng.choice(list(FILLS)))]
+        rgb = _blend(first, second, np.clip(fill(u, v, rng.uniform(4, 11)), 0, 1))
+        rgb = rgb * (0.85 + 0.3 * _noise(rng, self.size, 24, 2))[..., None]
+        lit = (self.x - centre[0]) * self.light[0] + (self.y - centre[1]) * self.light[1]
+        rgb = rgb * (1 + rng.uniform(0, 0.35) * np.clip(lit / radius, -1, 1))[..., None]
+        if rng.random() < 0.4:  # a darker rim
+            rgb = rgb * np.where(distance > -max(1.0, 0.08 * radius), 0.55, 1.0)[..., None]
+        return rgb, coverage, shadow
+
+    def add(
+        self, label: int, shapes: list[tuple[tuple[float, float], float]], crowd: bool = False
+    ) -> bool:
+        """Paint the shapes, (centre, radius) each, as one instance.
+
+        Return False, with nothing painted, if too little of it or of another would show.
+        """
+        image, mask = self.image, np.zeros((self.size, self.size), bool)
+        for centre, radius in shapes:
+            rgb, coverage, shadow = self.shape(label, centre, radius)
+            image = _blend(image * (1 - 0.45 * shadow)[..., None], rgb, coverage)
+            mask |= coverage > 0.5
+        owner = np.where(mask, len(self.areas), self.owner)
+        areas = [*self.areas, int(mask.sum())]
+        visible = np.bincount(owner[owner >= 0], minlength=len(areas))
+        if np.any(visible < np.maximum(MIN_VISIBLE * np.array(areas), MIN_AREA * self.size**2)):
+            return False
+        self.image, self.owner, self.areas = image, owner, areas
+        self.classes.append(label)
+        self.crowds.append(crowd)
+        return True
+
+    def scene(self) -> Scene:
+        image = self.image * self.rng.uniform(0.85, 1.1) + self.rng.normal(
+            0, 0.012, self.image.shape
+        )
+        labels = self.labels.copy()
+        instances = []
+        for index, (label, crowd) in enumerate(zip(self.classes, self.crowds, strict=True)):
+            mask = self.owner == index
+            labels[mask] = label + 1
+            instances.append(Instance(label, mask, crowd))
+        return Scene((np.clip(image, 0, 1) * 255).round().astype(np.uint8), labels, instances)
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> Scene:
+    """Draw one scene of ``size`` x ``size`` pixels; equal generators give equal scenes."""
+    painter = _Painter(rng, size)
+    if rng.random() < 0.04:
+        middle = rng.uniform(0.2, 0.8, 2)
+        swarm = [
+            (tuple((middle + rng.normal(0, 0.07, 2)) * size), rng.uniform(0.018, 0.03) * size)
+            for _ in range(int(rng.integers(9, 15)))
+        ]
+        painter.add(int(rng.integers(len(THINGS))), swarm, crowd=True)
+    wanted = 0 if rng.random() < 0.02 else int(rng.integers(1, 7))
+    centres: list[np.ndarray] = []
+    for _ in range(3 * wanted):  # a shape that would hide another is given up
+        if len(centres) == wanted:
+            break
+        radius = np.exp(rng.uniform(np.log(0.075), np.log(0.27))) * size
+        centre = rng.uniform(0.05, 0.95, 2) * size
+        if centres and rng.random() < 0.4:  # close to another one, to hide a part of it
+            angle = rng.uniform(0, 2 * np.pi)
+            near = centres[int(rng.integers(len(centres)))]
+            centre = np.clip(near + radius * np.array((np.cos(angle), np.sin(angle))), 0, size)
+        if painter.add(int(rng.integers(len(THINGS))), [((centre[0], centre[1]), radius)]):
+            centres.append(centre)
+    return painter.scene()
+
+
+# --- files
+
+SPLITS = {  # ours: COCO's folder, ADE20K's folder
+    'train': ('train2017', 'training'),
+    'val': ('val2017', 'validation'),
+}
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
+    """COCO's run lengths of a mask (H, W): column by column, zeros first, not compressed."""
+    flat = mask.ravel(order='F')
+    starts = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate(([0], starts, [flat.size]))).tolist()
+    return {'size': list(mask.shape), 'counts': [0, *counts] if flat[0] else counts}
+
+
+def _annotation(instance: Instance) -> dict:
+    rows, columns = (np.flatnonzero(instance.mask.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    return {
+        'category_id': instance.label + 1,
+        'segmentation': encode_rle(instance.mask),
+        'area': int(instance.mask.sum()),
+        'bbox': [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
+        'iscrowd': int(instance.crowd),
+    }
+
+
+def _encode(array: np.ndarray, format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _write_split(root: Path, spec: Spec, split: str, first_id: int, numbers: Iterable[int]) -> None:
+    coco_name, ade_name = SPLITS[split]
+    coco_images = root / 'coco' / coco_name
+    ade_images, ade_labels = (root / 'ade' / kind / ade_name for kind in ('images', 'annotations'))
+    for folder in (coco_images, ade_images, ade_labels):
+        folder.mkdir(parents=True)
+    images, annotations = [], []
+    for number in numbers:
+        # One stream per image: a scene does not depend on how many are made.
+        scene = draw_scene(
+            np.random.default_rng((spec.seed, list(SPLITS).index(split), number)), spec.size
+        )
+        image_id = first_id + number
+        jpeg = _encode(scene.image, 'JPEG', quality=JPEG_QUALITY, subsampling=0)
+        (coco_images / f'{image_id:012d}.jpg').write_bytes(jpeg)
+        stem = f'ADE_{split}_{number + 1:08d}'
+        (ade_images / f'{stem}.jpg').write_bytes(jpeg)
+        (ade_labels / f'{stem}.png').write_bytes(_encode(scene.labels, 'PNG'))
+        images.append(
+            {
+                'id': image_id,
+                'file_name': f'{image_id:012d}.jpg',
+                'width': spec.size,
+                'height': spec.size,
+            }
+        )
+        for instance in scene.instances:
+            annotation = {'id': len(annotations) + 1, 'image_id': image_id, **_annotation(instance)}
+            annotations.append(annotation)
+    content = {
+        'info': {
+            'description': 'Shapes, a generated sample data set',
+            'version': str(VERSION),
+            **asdict(spec),
+        },
+        'licenses': [],
+        'images': images,
+        'annotations': annotations,
+        'categories': [
+            {'id': i, 'name': name, 'supercategory': 'shape'} for i, name in enumerate(THINGS, 1)
+        ],
+    }
+    folder = root / 'coco' / 'annotations'
+    folder.mkdir(exist_ok=True)
+    (folder / f'instances_{coco_name}.json').write_text(json.dumps(content))
+
+
+def _marker(spec: Spec) -> dict:
+    return {'generator': GENERATOR, 'version': VERSION, **asdict(spec)}
+
+
+def read_marker(root: str | os.PathLike) -> Spec | None:
+    """Return the parameters of the data set at ``root``; None if it is absent, damaged or outdated.
+
+    Raises ShapesError if ``root`` is something else: a file, or a folder not made by this module.
+    """
+    root = Path(root)
+    if not root.exists():
+        return None
+    if not root.is_dir():
+        raise ShapesError(
+            f'{root} is a file, so the sample data set cannot go there; give another folder.'
+        )
+    if not any(root.iterdir()):
+        return None
+    try:
+        marker = json.loads((root / MARKER).read_text())
+        ours = marker['generator'] == GENERATOR
+    except (OSError, ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise ShapesError(
+            f'{root} is not a sample data set (it has no {MARKER} of ours) and is left as it is; '
+            'give another folder, or move this one away.'
+        )
+    try:
+        spec = Spec(**{f.name: marker[f.name] for f in fields(Spec)})
+    except (KeyError, ShapesError):
+        return None
+    return spec if marker == _marker(spec) and _is_whole(root, spec) else None
+
+
+def _is_whole(root: Path, spec: Spec) -> bool:
+    counts = {}
+    for split, (coco_name, ade_name) in SPLITS.items():
+        if not (root / 'coco' / 'annotations' / f'instances_{coco_name}.json').is_file():
+            return False
+        counts[root / 'coco' / coco_name] = getattr(spec, split)
+        counts[root / 'ade' / 'images' / ade_name] = getattr(spec, split)
+        counts[root / 'ade' / 'annotations' / ade_name] = getattr(spec, split)
+    return all(
+        folder.is_dir() and len(os.listdir(folder)) == count for folder, count in counts.items()
+    )
+
+
+def generate(root: str | os.PathLike, spec: Spec | None = None, track: Track | None = None) -> Path:
+    """Write the data set to ``root`` and return ``root``; an earlier one there is replaced.
+
+    The folder appears whole or not at all. ``track(numbers, description)`` may wrap the loop
+    over the images to show progress, like ``rich.progress.track``.
+
+    Raises ShapesError if ``root`` cannot be written or holds anything else.
+    """
+    root, spec = Path(root), spec or Spec()
+    read_marker(root)  # refuses a folder that is not ours
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        # Beside `root`, for the rename that ends the work must not cross file systems.
+        scratch = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
+    except OSError as error:
+        raise ShapesError(
+            f'The sample data set cannot be written to {root} ({error.strerror}); '
+            'give a folder that you may write to.'
+        ) from error
+    try:
+        new, old = scratch / 'new', scratch / 'old'
+        for split in SPLITS:
+            numbers: Iterable[int] = range(getattr(spec, split))
+            if track is not None:
+                numbers = track(numbers, f'Drawing {split} images')
+            # Image ids differ between the splits, as COCO's do.
+            _write_split(
+                new,
+                spec,
+                split,
+                first_id=1 if split == 'train' else 1 + spec.train,
+                numbers=numbers,
+            )
+        (new / MARKER).write_text(json.dumps(_marker(spec), indent=2) + '\n')
+        if root.exists():
+            root.rename(old)
+        try:
+            new.rename(root)
+        except OSError:
+            # Another process (a rank of a distributed run, say) was faster: its files are as good.
+            if read_marker(root) != spec:
+                raise
+    except OSError as error:
+        raise ShapesError(
+            f'The sample data set cannot be written to {root} ({error.strerror}).'
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return root
+
+
+def ensure(root: str | os.PathLike, spec: Spec | None = None, track: Track | None = None) -> Path:
+    """Generate the data set unless ``root`` has it, whole, of this VERSION and as ``spec`` says.
+
+    Without ``spec``, any parameters will do if it exists, and the default ones are used if not.
+    Raises ShapesError as `generate` does.
+    """
+    found = read_marker(root)
+    if found is None or (spec is not None and found != spec):
+        generate(root, spec, track)
+    return Path(root)
