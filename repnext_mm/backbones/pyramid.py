@@ -71,10 +71,12 @@ class PyramidBackbone(BaseModule):
         super().__init__(init_cfg)
         settings = self._check_arch(arch)
         self.arch = arch if isinstance(arch, str) else 'custom'
+        self.settings = settings
         self.channels: tuple[int, ...] = tuple(settings['channels'])
         self.out_indices = _check_out_indices(out_indices)
         self.frozen_stages = _check_frozen_stages(frozen_stages)
         norm_cfg = _check_norm_cfg({'type': 'BN'} if norm_cfg is None else norm_cfg)
+        self.norm_cfg = norm_cfg
         self.norm_eval = norm_eval
         self.with_cp = with_cp
         if train_form not in TRAIN_FORMS:
