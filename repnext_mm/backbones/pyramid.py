@@ -163,7 +163,6 @@ class PyramidBackbone(BaseModule):
         if self.training:
             raise ValueError('the backbone is in training mode; call .eval() before fusing it.')
         fuse_backbone(self, plan, accept_inexact)
-        self._freeze_stages()
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

@@ -12,15 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def _statistics_held(module: nn.Module) -> Iterator[None]:
+    """Run the norms below `module` without moving their running statistics.
+
+    Momentum 0 rather than no tracking: the same tensors must be saved as in the first run.
+    """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    tracked = [norm.track_running_stats for norm in norms]
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
     try:
         yield
     finally:
-        for norm, value in zip(norms, tracked, strict=True):
-            norm.track_running_stats = value
+        for norm, momentum, count in held:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ def fuse_backbone(
     report.norms_left = [n for n, m in backbone.named_modules() if isinstance(m, _BatchNorm)]
     backbone.plan = plan
     backbone.fusion_report = report
+    backbone.train(backbone.training)  # freezes what replaced frozen parameters
     return report
 
 

@@ -1,0 +1,74 @@
+"""Shared fixtures: the real data, and models in a state that hides no mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def data_root() -> Path:
+    """Folder with `coco/` and `ade/`, the real sample images."""
+    value = os.environ.get('REPNEXT_MM_DATA')
+    if not value:
+        pytest.skip('REPNEXT_MM_DATA is not set; point it at the folder with coco/ and ade/')
+    root = Path(value).resolve()
+    assert root.is_dir(), f'REPNEXT_MM_DATA={value} is not a folder'
+    return root
+
+
+@pytest.fixture(scope='session')
+def parity_dir(data_root: Path) -> Path:
+    return data_root.parent / 'parity'
+
+
+@pytest.fixture(scope='session')
+def formula(parity_dir: Path) -> ModuleType:
+    """The module that makes the fixtures' weights and inputs."""
+    spec = importlib.util.spec_from_file_location('formula', parity_dir / 'formula.py')
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='session')
+def published(data_root: Path) -> dict:
+    """Published results; none of them was measured here."""
+    return json.loads((data_root.parent / 'published' / 'results.json').read_text())
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Randomise biases and every norm's statistics and affine parameters, in place.
+
+    Defaults (zero biases, identity norms) hide mistakes of folding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return torch.empty(like.shape).uniform_(low, high, generator=generator).to(like)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
+                module.running_var.copy_(uniform(module.running_var, 0.5, 1.5))
+                module.weight.copy_(uniform(module.weight, 0.5, 1.5))
+            if getattr(module, 'bias', None) is not None:
+                module.bias.copy_(uniform(module.bias, -0.5, 0.5))
+    return model
