@@ -1,11 +1,28 @@
 """RepNeXt, RecNeXt and InceptionNeXt as MMEngine backbones: train, fuse, deploy."""
 
-from .backbones import RepNeXt
-from .checkpoints.safe_globals import allow_mmengine_checkpoints
-from .reparam import prove, reparameterize
+import sys
+
 from .version import __version__
 
-# mmengine reads its own checkpoints with torch's safe default, which needs to know their classes.
-allow_mmengine_checkpoints()
+# `python -m repnext_mm.doctor` must start where torch or mmengine do not import.
+if 'repnext_mm.doctor' not in sys.orig_argv:
+    try:
+        import mmengine  # noqa: F401
+    except ModuleNotFoundError as error:
+        # Not in install_requires, as two distributions provide it.
+        raise ModuleNotFoundError(
+            f'repnext_mm cannot import mmengine ({error}): `pip install mmengine` or '
+            '`pip install onedl-mmengine`, whichever your other OpenMMLab packages come from; '
+            '`python -m repnext_mm.doctor` checks the rest.',
+            name=error.name,
+        ) from error
+
+    from .backbones import RepNeXt
+    from .checkpoints.safe_globals import allow_mmengine_checkpoints
+    from .reparam import prove, reparameterize
+
+    # mmengine reads its own checkpoints with torch's safe default, which needs to know their
+    # classes.
+    allow_mmengine_checkpoints()
 
 __all__ = ['RepNeXt', '__version__', 'prove', 'reparameterize']
