@@ -8,6 +8,7 @@ functions pickle writes as `getattr(HistoryBuffer, 'mean')`) and NumPy arrays, s
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from .errors import CheckpointError
+
+#: What torch's `add_safe_globals` takes: a class, or an object and the name that stands for it.
+SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 # NumPy 1 and 2 write these functions under different module names; both kinds of file are about.
 _NUMPY_CORES = ('numpy.core.multiarray', 'numpy._core.multiarray')
@@ -39,20 +43,21 @@ def statistics_method(owner: Any, name: Any) -> Any:
     return method if owner is HistoryBuffer else method.__get__(owner)
 
 
-def mmengine_globals() -> list[tuple[Any, str]]:
+def mmengine_globals() -> list[SafeGlobal]:
     """Pairs of an object and the name in a checkpoint that stands for it."""
-    reconstruct = np.empty(0).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = {type(np.dtype(code)) for code in _DTYPE_CODES}
-    return [
+    reconstruct: Any = np.empty(0).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    allowed: list[SafeGlobal] = [
         (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
         (statistics_method, 'builtins.getattr'),
         (np.ndarray, 'numpy.ndarray'),
         (np.dtype, 'numpy.dtype'),
-        *((reconstruct, f'{core}._reconstruct') for core in _NUMPY_CORES),
-        *((scalar, f'{core}.scalar') for core in _NUMPY_CORES),
-        *((dtype, f'{dtype.__module__}.{dtype.__qualname__}') for dtype in dtypes),
     ]
+    for core in _NUMPY_CORES:
+        allowed += [(reconstruct, f'{core}._reconstruct'), (scalar, f'{core}.scalar')]
+    for dtype in {type(np.dtype(code)) for code in _DTYPE_CODES}:
+        allowed.append((dtype, f'{dtype.__module__}.{dtype.__qualname__}'))
+    return allowed
 
 
 def allow_mmengine_checkpoints() -> None:

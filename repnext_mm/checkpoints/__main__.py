@@ -1,0 +1,44 @@
+"""Say what a weight file holds: `python -m repnext_mm.checkpoints FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .errors import CheckpointError
+from .fetching import local_path
+from .matching import find_fit
+from .reading import read_weights
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog='python -m repnext_mm.checkpoints',
+        description='Say what a weight file holds and which backbone it fits; nothing in it runs.',
+    )
+    parser.add_argument('checkpoint', help='published name, URL or path')
+    parser.add_argument('--prefix', help="where the backbone's keys begin (default: found)")
+    args = parser.parse_args(argv)
+    try:
+        weights = read_weights(local_path(args.checkpoint), args.checkpoint)
+        shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+        fit = find_fit(shapes, args.prefix)
+    except CheckpointError as err:
+        print(err, file=sys.stderr)
+        return 1
+    values = sum(tensor.numel() for tensor in weights.tensors.values())
+    dtypes = sorted({str(t.dtype) for t in weights.tensors.values()})
+    print(f'{args.checkpoint}: {weights}, {values / 1e6:.2f} M values, {", ".join(dtypes)}')
+    if fit is None:
+        print('fits no backbone of this package')
+        return 0
+    match = fit.match
+    ignored = ', '.join(f'{group} {count}' for group, count in match.ignored.items()) or 'nothing'
+    print(f'fits {fit}: {len(match.matched)} of {match.total} keys match, ignored: {ignored}')
+    if match.prefix:
+        print(f'the backbone lies under {match.prefix!r}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

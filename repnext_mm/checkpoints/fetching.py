@@ -1,0 +1,95 @@
+"""From what a user wrote (a published name, a URL, a path) to a file on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import tempfile
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+import torch
+from filelock import FileLock
+
+from .errors import CheckpointError
+from .published import PUBLISHED
+from .reading import check_crc, read_weights
+
+
+def local_path(checkpoint: str | os.PathLike[str]) -> Path:
+    """The file that `checkpoint` names, downloaded if need be.
+
+    Downloads are kept in torch.hub's folder (`TORCH_HOME` moves it), under the file's own name
+    if it is a published one, else with a hash of the URL before it.
+
+    Raises:
+        CheckpointError: There is no such name or file, or it could not be fetched whole.
+    """
+    text = os.fspath(checkpoint)
+    if text in PUBLISHED:
+        return _download(PUBLISHED[text].url, PUBLISHED[text].filename)
+    scheme = re.match(r'([a-z][a-z0-9+.-]+)://', text, re.IGNORECASE)
+    if scheme:
+        url = urlsplit(text)
+        if url.scheme in ('http', 'https'):
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            return _download(text, f'{digest}-{Path(unquote(url.path)).name or "weights"}')
+        if url.scheme != 'file':
+            raise CheckpointError(
+                f'checkpoint={text!r} begins with {url.scheme}://, which cannot be fetched; give '
+                'a published name, an http, https or file URL, or a path.'
+            )
+        text = url2pathname(url.path)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    raise CheckpointError(_not_found(text, path))
+
+
+def _not_found(text: str, path: Path) -> str:
+    if path.is_dir():
+        return f'checkpoint={text!r} is a folder; give a weight file in it.'
+    name = re.sub(r'(\.(pth|pt|tar|safetensors))+$', '', path.name)
+    if path.suffix or len(path.parts) > 1:
+        hint = f'; checkpoint={name!r} downloads it' if name in PUBLISHED else ''
+        return f'there is no file {str(path.absolute())!r}{hint}.'
+    close = difflib.get_close_matches(text.lower(), PUBLISHED, 1, cutoff=0)
+    return (
+        f'checkpoint={text!r} is neither a published name nor a file; did you mean {close[0]!r}? '
+        f'Published names: {", ".join(PUBLISHED)}.'
+    )
+
+
+def _download(url: str, filename: str) -> Path:
+    """The cached copy of `url`; fetched, read once in full, and only then put in place."""
+    folder = Path(torch.hub.get_dir(), 'checkpoints')
+    target = folder / filename
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # One process of a distributed run fetches, the others wait and find the file.
+        with FileLock(folder / f'.{filename}.lock'):
+            if not target.exists():
+                with tempfile.TemporaryDirectory(prefix='.download-', dir=folder) as temporary:
+                    arrived = Path(temporary, filename)
+                    torch.hub.download_url_to_file(url, str(arrived))
+                    label = f'what {url} sent'
+                    check_crc(arrived, label)
+                    read_weights(arrived, label)
+                    arrived.replace(target)
+    except HTTPError as err:
+        reason = f'the server answered {err.code} {err.reason}'
+    except (URLError, HTTPException, OSError) as err:
+        reason = str(getattr(err, 'reason', err))
+    else:
+        return target
+    raise CheckpointError(
+        f'{url} could not be fetched ({reason}); fetch it by other means, and give its path or '
+        f'put it at {target}.'
+    )

@@ -1,0 +1,206 @@
+"""Reading weight files of every kind safely: what they are, and the tensors in them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .safe_globals import SafeGlobal
+from .torchscript import archive_root, read_torchscript
+
+Kind = Literal['torch checkpoint', 'TorchScript archive', 'safetensors file']
+
+#: Keys under which training scripts keep the weights, first match wins: timm and DeiT write
+#: averaged (EMA) weights beside the raw ones, and evaluate those.
+CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+
+# Objects with attributes only, which training scripts put beside the weights. Allowed while our
+# own reader is at work, not for every torch.load of the process.
+_EXTRA_GLOBALS: tuple[SafeGlobal, ...] = ((argparse.Namespace, 'argparse.Namespace'),)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one file, and where in it they were."""
+
+    label: str
+    kind: Kind
+    container: str
+    tensors: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        under = f' under {self.container!r}' if self.container else ''
+        return f'{self.kind}, {len(self.tensors)} tensors{under}'
+
+
+def read_weights(path: Path, label: str | None = None) -> Weights:
+    """Read the tensors of a weight file; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        label: What to call it in messages; its path unless given.
+
+    Raises:
+        CheckpointError: It is not a weight file, is damaged, or holds more than data.
+    """
+    label = label or str(path)
+    kind = file_kind(path, label)
+    if kind == 'torch checkpoint':
+        content = read_checkpoint(path, label, _EXTRA_GLOBALS)
+        container, tensors = _find_tensors(content, label)
+        return Weights(label, kind, container, tensors)
+    reader = read_torchscript if kind == 'TorchScript archive' else _read_safetensors
+    with _damage_named(label):
+        tensors = reader(path)
+    if not tensors:
+        raise CheckpointError(f'{label} is a {kind} without any tensor to load.')
+    return Weights(label, kind, '', tensors)
+
+
+def read_checkpoint(path: Path, label: str, extra_globals: Sequence[SafeGlobal] = ()) -> Any:
+    """The whole content of a file that `torch.save` wrote, by torch's safe loading.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds more than data.
+    """
+    missing = [g for g in extra_globals if g not in torch.serialization.get_safe_globals()]
+    with _damage_named(label):
+        try:
+            with torch.serialization.safe_globals(missing):
+                return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as err:
+            objects = _refused_objects(path, str(err))
+            if not objects:
+                raise
+            raise CheckpointError(
+                f'{label} was not loaded, because it holds Python objects beside tensors '
+                f'({", ".join(objects)}), and loading those can run code; ask for, or save, a '
+                'plain state dict: torch.save(model.state_dict(), ...).'
+            ) from err
+
+
+def check_crc(path: Path, label: str) -> None:
+    """Compare a zip archive's bytes with the checksums in it; other files pass.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    if zipfile.is_zipfile(path):
+        with _damage_named(label), zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad:
+            raise CheckpointError(_damaged(label, f'the checksum of {bad} is wrong'))
+
+
+def file_kind(path: Path, label: str) -> Kind:
+    """Tell by its content what kind of weight file this is.
+
+    Raises:
+        CheckpointError: It is none, and what it is instead.
+    """
+    with path.open('rb') as file:
+        head = file.read(512)
+    text = head.lstrip(b'\xef\xbb\xbf \t\r\n')[:64].lower()
+    if not head:
+        reason = 'is empty; delete it and fetch it again.'
+    elif text.startswith(b'version https://git-lfs'):
+        reason = 'is a Git LFS pointer, not the weights it points to; run "git lfs pull" there.'
+    elif text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head', b'<body')):
+        reason = 'is a web page, not weights; delete it and fetch the file itself.'
+    elif head.startswith(b'PK'):
+        return _zip_kind(path, label)
+    elif head.startswith(b'\x80'):
+        return 'torch checkpoint'
+    elif head[8:9] == b'{':
+        return 'safetensors file'
+    elif tarfile.is_tarfile(path):
+        reason = 'is a tar archive; unpack it and give a weight file in it.'
+    else:
+        reason = (
+            f'is not a weight file (it begins with {head[:12]!r}); '
+            'torch checkpoints, TorchScript archives and safetensors can be read.'
+        )
+    raise CheckpointError(f'{label} {reason}')
+
+
+def _zip_kind(path: Path, label: str) -> Kind:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(_damaged(label, 'the end of the archive is missing'))
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        root = archive_root(archive) if names else ''
+    if f'{root}/data.pkl' not in names:
+        raise CheckpointError(
+            f'{label} is a zip archive but not one that torch.save wrote; '
+            'unpack it and give a weight file in it.'
+        )
+    scripted = f'{root}/constants.pkl' in names
+    return 'TorchScript archive' if scripted else 'torch checkpoint'
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _find_tensors(content: Any, label: str) -> tuple[str, dict[str, Tensor]]:
+    """The name of the container in a checkpoint ('' for a bare state dict), and its tensors."""
+    if isinstance(content, Mapping):
+        for name in (*CONTAINERS, ''):
+            values = content.get(name) if name else content
+            if not isinstance(values, Mapping):
+                continue
+            tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)}
+            if tensors:
+                return name, tensors
+        found = f'its keys are {", ".join(map(repr, list(content)[:8])) or "none"}'
+    else:
+        found = f'it is a {type(content).__name__}'
+    raise CheckpointError(
+        f'{label} holds no weights: {found}, where a state dict, bare or under '
+        f'{", ".join(map(repr, CONTAINERS))}, was expected.'
+    )
+
+
+def _refused_objects(path: Path, message: str) -> list[str]:
+    """Names of the Python objects for which torch refused a file, if it was for that."""
+    find: Callable[[Path], list[str]] = torch.serialization.get_unsafe_globals_in_checkpoint
+    try:
+        names = find(path)
+    except Exception:  # older formats cannot be listed; the first name stands in the message
+        names = []
+    return sorted(names) or re.findall(r'GLOBAL (\S+) (?:was not|whose module)', message)[:1]
+
+
+@contextmanager
+def _damage_named(label: str) -> Iterator[None]:
+    """Turn whatever a parser makes of broken bytes into one sentence."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as err:
+        reason = str(err).strip().partition('\n')[0] or type(err).__name__
+        raise CheckpointError(_damaged(label, reason)) from err
+
+
+def _damaged(label: str, reason: str) -> str:
+    return (
+        f'{label} is cut short, damaged or not a weight file ({reason.rstrip(".")}); '
+        'delete it and fetch it again.'
+    )
