@@ -49,7 +49,7 @@ def test_keys_and_outputs_are_the_published_ones(variant, parity_dir, formula):
 
 
 @pytest.mark.parametrize(
-    ('family', 'arch'), [(f, a) for f, cls in FAMILIES.items() for a in cls.arch_zoo]
+    'family, arch', [(f, a) for f, cls in FAMILIES.items() for a in cls.arch_zoo]
 )
 def test_fused_parameters_are_the_published_count(family, arch, published):
     model = FAMILIES[family](arch, deploy=True)

@@ -51,8 +51,10 @@ def test_single_is_one_depthwise_convolution_per_mixer():
     fused = reparameterize(model, 'single')
     assert all(e.max_rel < 1e-9 for e in prove(model, fused, (75, 101)))
     mixers = [m for n, m in fused.named_modules() if n.endswith('token_mixer')]
-    assert len(mixers) == 8 and all(isinstance(m, nn.Conv2d) for m in mixers)
-    assert not fused.fusion_report.inexact and not norms(fused)
+    assert len(mixers) == 8
+    assert all(isinstance(m, nn.Conv2d) for m in mixers)
+    assert not fused.fusion_report.inexact
+    assert not norms(fused)
 
 
 def test_single_says_where_it_is_not_exact_and_is_refused_unless_named():
@@ -76,7 +78,8 @@ def test_single_says_where_it_is_not_exact_and_is_refused_unless_named():
 def test_fused_weights_load_strictly_into_a_deploy_model(arch, plan):
     fused = reparameterize(trained(arch), plan, accept_inexact=('border',))
     deploy = RepNeXt(arch, deploy=True if plan == 'exact' else plan)
-    assert deploy.plan == plan and deploy.training
+    assert deploy.plan == plan
+    assert deploy.training
     deploy.eval().load_state_dict(fused.state_dict())
     assert all(e.max_abs == 0 for e in prove(fused, deploy, (64, 64)))
 
@@ -92,7 +95,8 @@ def test_the_original_stays_and_a_second_fuse_changes_nothing():
     model = trained()
     before = copy.deepcopy(model.state_dict())
     fused = reparameterize(model)
-    assert model.plan is None and model.state_dict().keys() == before.keys()
+    assert model.plan is None
+    assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     again = reparameterize(fused)
     assert again is not fused
@@ -126,7 +130,8 @@ def test_report_lists_every_rewrite_and_the_counts():
     assert sum('forward' in r for r in rules) == 5
     assert sum('backward' in r for r in rules) == 3
     assert not report.norms_left
-    assert 'exact' in str(report) and f'{report.params_after:,}' in str(report)
+    assert 'exact' in str(report)
+    assert f'{report.params_after:,}' in str(report)
     assert len(reparameterize(model, 'branches').fusion_report.norms_left) == 8
 
 
@@ -176,7 +181,8 @@ def test_a_whole_model_is_fused_in_its_backbone_only(config):
     model = randomise(revert_sync_batchnorm(MODELS.build(cfg.model))).eval()
     fused = reparameterize(model)
     assert type(fused) is type(model)
-    assert not norms(fused.backbone) and norms(model.backbone)
+    assert not norms(fused.backbone)
+    assert norms(model.backbone)
     x = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         for a, b in zip(model.extract_feat(x), fused.extract_feat(x), strict=True):

@@ -76,7 +76,8 @@ def test_out_indices_choose_stages_and_skip_the_rest():
     some.stages[3].forward = None  # would raise if it were called
     for a, b in zip(some(x), full(x)[1:3], strict=True):
         torch.testing.assert_close(a, b)
-    assert some.out_channels == (16, 32) and some.out_strides == (8, 16)
+    assert some.out_channels == (16, 32)
+    assert some.out_strides == (8, 16)
 
 
 @pytest.mark.parametrize('frozen', [-1, 0, 1, 3, 4])
@@ -100,12 +101,14 @@ def test_frozen_stages_neither_learn_nor_update_statistics(frozen):
 def test_norm_eval_keeps_statistics_but_trains_affine():
     model = tiny(norm_eval=True).train()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    assert norms and not any(n.training for n in norms)
+    assert norms
+    assert not any(n.training for n in norms)
     before = [n.running_mean.clone() for n in norms]
     grads(model, torch.randn(2, 3, 64, 64))
     assert all(torch.equal(b, n.running_mean) for b, n in zip(before, norms, strict=True))
     assert all(n.weight.grad.abs().sum() > 0 for n in norms)
-    assert model.training and model.stages[0].blocks[0].token_mixer.training
+    assert model.training
+    assert model.stages[0].blocks[0].token_mixer.training
 
 
 def test_checkpointing_keeps_gradients_and_statistics():
@@ -127,7 +130,7 @@ def test_checkpointing_saves_memory():
 
         def pack(t):
             nonlocal total
-            total += t.numel() * t.element_size()  # noqa: B023
+            total += t.numel() * t.element_size()
             return t
 
         model = RepNeXt(TINY, with_cp=with_cp)
@@ -151,7 +154,8 @@ def test_drop_path_drops_whole_samples_only_in_training():
 def test_sync_bn_is_reverted_to_the_same_function_on_cpu():
     plain, sync = tiny().eval(), RepNeXt(TINY, norm_cfg=dict(type='SyncBN')).eval()
     norms = [m for m in sync.modules() if isinstance(m, _BatchNorm)]
-    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms) and len(norms) == 18 + 8
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert len(norms) == 18 + 8
     sync.load_state_dict(plain.state_dict())
     reverted = revert_sync_batchnorm(sync)
     x = torch.randn(2, 3, 64, 64)
@@ -166,7 +170,7 @@ def test_norm_cfg_sets_what_it_names():
 
 
 @pytest.mark.parametrize('form', ['merged', 'branches'])
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_low_precision_stays_close_and_trains(dtype, tolerance, form):
     model = tiny(train_form=form).eval()
     x = torch.randn(2, 3, 64, 96)
@@ -223,7 +227,7 @@ def test_every_parameter_learns():
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'error', 'words'),
+    'kwargs, error, words',
     [
         (dict(arch='m9'), ValueError, ['m9', 'm0, m1']),
         (dict(arch='M4'), ValueError, ["Did you mean 'm4'"]),
@@ -254,7 +258,7 @@ def test_wrong_arguments_say_what_is_allowed(kwargs, error, words):
 @pytest.mark.compat
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 @pytest.mark.parametrize(
-    ('name', 'imports'), [('RepNeXt', 'import repnext_mm'), ('repnext_mm.RepNeXt', 'pass')]
+    'name, imports', [('RepNeXt', 'import repnext_mm'), ('repnext_mm.RepNeXt', 'pass')]
 )
 def test_builds_from_the_registries_of_mmdet_and_mmseg(scope, name, imports):
     """In a fresh process: whether the package is imported beforehand is the point."""

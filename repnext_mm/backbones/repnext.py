@@ -7,6 +7,7 @@ and norms can be frozen, synchronised and fully folded.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from mmengine.registry import MODELS
@@ -74,7 +75,7 @@ class RepNeXt(PyramidBackbone):
 
     @staticmethod
     def _check_widths(channels: tuple[int, ...], single: bool) -> None:
-        doubles = all(b == 2 * a for a, b in zip(channels, channels[1:], strict=False))
+        doubles = all(b == 2 * a for a, b in pairwise(channels))
         if not doubles or channels[0] % 2 or (channels[0] % 4 and not single):
             raise ValueError(
                 f'arch["channels"]={tuple(channels)} must double from stage to stage and start '

@@ -17,6 +17,9 @@ class ConvNorm(nn.Sequential, Fusible):
     `(N, in_channels, H, W) -> (N, out_channels, H', W')`
     """
 
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+
     def __init__(
         self,
         in_channels: int,

@@ -63,12 +63,13 @@ class BranchedDepthwise(Fusible):
                 # A strip strides along its own direction only; its partner does the other.
                 steps = (stride, stride) if len(branch) == 1 else _strip_stride(size, stride)
                 dilation = branch_dilation(size)
+                height, width = (dilation * (k - 1) // 2 for k in size)
                 conv = nn.Conv2d(
                     channels,
                     channels,
                     size,
                     stride=steps,
-                    padding=tuple(dilation * (k - 1) // 2 for k in size),
+                    padding=(height, width),
                     dilation=dilation,
                     groups=channels,
                     bias=len(branch) == 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ def drop_path(rate: float) -> nn.Module:
 class MetaNeXtBlock(Fusible):
     """`x + drop_path(channel_mixer(norm(token_mixer(x))))`, shape-preserving `(N, C, H, W)`."""
 
+    norm: nn.Module
+
     def __init__(
         self, channels: int, token_mixer: nn.Module, mlp_ratio: float, drop_path_rate: float = 0.0
     ) -> None:
@@ -55,7 +57,8 @@ class MetaNeXtBlock(Fusible):
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan != 'branches' and isinstance(self.norm, _BatchNorm):
             note('norm forward into the 1x1 convolution after it')
-            self.channel_mixer[0] = folding.fold_norm_forward(self.norm, self.channel_mixer[0])
+            first = cast(nn.Conv2d, self.channel_mixer[0])
+            self.channel_mixer[0] = folding.fold_norm_forward(self.norm, first)
             self.norm = nn.Identity()
         return self
 
@@ -65,6 +68,9 @@ class Downsample(Fusible):
 
     `(N, C, H, W) -> (N, out_channels, H / 2, W / 2)`, rounded up; `token_mixer` does the stride.
     """
+
+    token_mixer: Any
+    norm: nn.Module
 
     def __init__(self, out_channels: int, token_mixer: nn.Module, mlp_ratio: float) -> None:
         super().__init__()
@@ -84,7 +90,7 @@ class Downsample(Fusible):
             if hasattr(mixer, 'fold_norm_backward'):
                 self.token_mixer = mixer.fold_norm_backward(self.norm)
             else:
-                self.token_mixer = folding.fold_norm_backward(cast(nn.Conv2d, mixer), self.norm)
+                self.token_mixer = folding.fold_norm_backward(mixer, self.norm)
             self.norm = nn.Identity()
         return self
 

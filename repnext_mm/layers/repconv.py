@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,6 +31,10 @@ class ChunkConv(Fusible):
     `(N, C, H, W) -> (N, C, H, W)`, C divisible by 4 (RepNeXt, arXiv 2406.16004, section 3.2).
     """
 
+    # BranchedDepthwise while training, Conv2d once fused.
+    conv_s: Any
+    conv_m: Any
+
     def __init__(self, channels: int, train_form: TrainForm = 'merged') -> None:
         super().__init__()
         width = channels // 4
@@ -47,7 +53,7 @@ class ChunkConv(Fusible):
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan != 'single':
             return self
-        row, column = self.conv_l
+        row, column = cast(list[nn.Conv2d], list(self.conv_l))
         size = (LARGE, LARGE)
         row_weight, row_bias = folding.weights(row)
         column_weight, column_bias = folding.weights(column)
@@ -76,6 +82,9 @@ class CopyConv(Fusible):
     `(N, C, H, W) -> (N, 2C, ceil(H / 2), ceil(W / 2))` (RepNeXt, arXiv 2406.16004, section 3.2).
     """
 
+    conv_s: Any
+    conv_m: Any
+
     def __init__(self, channels: int, train_form: TrainForm = 'merged') -> None:
         super().__init__()
         self.conv_s = BranchedDepthwise(channels, SMALL_SERIAL, stride=2, train_form=train_form)
@@ -88,7 +97,7 @@ class CopyConv(Fusible):
         """Fold the norm that follows into the two convolutions, each taking its channels."""
         scales, shifts = (t.chunk(2) for t in folding.norm_affine(norm))
         for name, scale, shift in zip(('conv_s', 'conv_m'), scales, shifts, strict=True):
-            conv = self.get_submodule(name)
+            conv = cast(nn.Conv2d, self.get_submodule(name))
             folded = kernels.fold_output(*folding.weights(conv), scale, shift)
             setattr(self, name, folding.conv2d(*folded, like=conv))
         return self

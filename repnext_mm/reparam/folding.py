@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernels
 
+Conv = TypeVar('Conv', bound=nn.Conv2d)
+
 
 def conv2d(
-    weight: Tensor, bias: Tensor | None, like: nn.Conv2d, cls: type[nn.Conv2d] = nn.Conv2d, **kwargs
-) -> nn.Conv2d:
+    weight: Tensor, bias: Tensor, like: nn.Conv2d, cls: type[Conv] | None = None, **kwargs: Any
+) -> Conv:
     """A convolution with the given weight, in `like`'s dtype, device and memory format.
 
-    Stride, padding and groups are `like`'s unless given in `kwargs`.
+    Its class is `cls`, or nn.Conv2d. Stride, padding and groups are `like`'s unless given in
+    `kwargs`.
     """
-    options = dict(stride=like.stride, padding=like.padding, groups=like.groups) | kwargs
-    out_channels, in_per_group, *kernel_size = weight.shape
+    options: dict[str, Any] = dict(stride=like.stride, padding=like.padding, groups=like.groups)
+    options |= kwargs
+    out_channels, in_per_group, height, width = weight.shape
     reference = like.weight
-    conv = cls(
+    conv = (cls or cast(type[Conv], nn.Conv2d))(
         in_per_group * options['groups'],
         out_channels,
-        tuple(kernel_size),
-        bias=bias is not None,
+        (height, width),
         device='meta',
         **options,
     )
@@ -31,23 +36,20 @@ def conv2d(
     if channels_last and not reference.is_contiguous():
         weight = weight.contiguous(memory_format=torch.channels_last)
     conv.weight = nn.Parameter(weight.to(reference))
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.to(reference))
+    conv.bias = nn.Parameter(bias.to(reference))
     return conv.train(like.training)
 
 
-def weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """The convolution's weight and bias in float64."""
-    return conv.weight.double(), None if conv.bias is None else conv.bias.double()
+def weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """The convolution's weight and bias in float64; zeros for a missing bias."""
+    weight = conv.weight.double()
+    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
 
 
 def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift `(C,)`, float64, of a BatchNorm in eval mode."""
-    mean, var, weight, bias = (
-        None if t is None else t.double()
-        for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    assert mean is not None and var is not None, 'our norms track their statistics'
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, var, weight, bias = (cast(Tensor, t).double() for t in tensors)
     return kernels.norm_affine(mean, var, weight, bias, norm.eps)
 
 

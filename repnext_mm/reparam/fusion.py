@@ -85,7 +85,8 @@ def reparameterize(model: M, plan: Plan = 'exact', *, accept_inexact: Collection
         raise TypeError(
             f'{type(model).__name__} holds no backbone of repnext_mm, so there is nothing to fuse.'
         )
-    if any(m.training for m in (model, *backbones)):
+    watched: list[nn.Module] = [model, *backbones]
+    if any(m.training for m in watched):
         raise ValueError(
             'the model is in training mode, where batch statistics decide the outputs; '
             'call model.eval() before fusing it.'

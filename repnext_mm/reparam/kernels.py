@@ -6,12 +6,14 @@ function is differentiable, keeps the dtype it is given and leaves its arguments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_kernel(weight: Tensor, size: tuple[int, int]) -> Tensor:
+def pad_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
     """Embed a kernel in the middle of a zero kernel of `size`.
 
     A stride-s convolution padded by half its kernel computes the same with either. Raises
@@ -66,27 +68,21 @@ def identity_kernel(
 
 
 def norm_affine(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift `(C,)` that a BatchNorm with frozen statistics applies."""
-    scale = (var + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
+    scale = weight * (var + eps).rsqrt()
+    return scale, bias - mean * scale
 
 
 def fold_output(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
+    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fold `y -> scale * y + shift` on a convolution's output into the convolution (backward)."""
-    shift = shift if bias is None else shift + bias * scale
-    return weight * scale.view(-1, 1, 1, 1), shift
+    return weight * scale.view(-1, 1, 1, 1), bias * scale + shift
 
 
-def fold_input(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor]:
+def fold_input(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Fold `x -> scale * x + shift` on the input of an ungrouped 1x1 convolution (forward).
 
     Raises ValueError for larger kernels: their zero padding is added after the shift, which
@@ -97,8 +93,7 @@ def fold_input(
             'an affine input folds exactly only into an ungrouped 1x1 convolution, not into one '
             f'with a weight of shape {tuple(weight.shape)} for {scale.numel()} channels.'
         )
-    shift = weight.flatten(1) @ shift
-    return weight * scale.view(1, -1, 1, 1), shift if bias is None else shift + bias
+    return weight * scale.view(1, -1, 1, 1), bias + weight.flatten(1) @ shift
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:
