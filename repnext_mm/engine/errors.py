@@ -1,0 +1,97 @@
+"""Errors that a user can mend: one sentence on stderr, no traceback, a non-zero exit."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+TRACEBACK_VARIABLE = 'REPNEXT_MM_TRACEBACK'
+
+#: What other packages raise for a mistake of the user, deep inside their code, and what to say.
+#: A group of the pattern fills the sentence.
+KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        FileNotFoundError,
+        r"No such file or directory: '(.+?)'",
+        'the file {0} is missing; restore it, or remove it from the annotations.',
+    ),
+    (
+        AssertionError,
+        r'failed to load image: (\S+)',
+        'the image {0} cannot be decoded; replace the file, or remove it from the annotations.',
+    ),
+    (
+        KeyError,
+        r'(\S+) is not in the (\S+) registry',
+        'the config asks for type={0!r}, which is not registered in {1}; mend the name, or add the '
+        'package that defines it to custom_imports.',
+    ),
+    (
+        torch.cuda.OutOfMemoryError,
+        r'(?s)^(.+?\.)\s',
+        'the GPU ran out of memory ({0}); lower train_dataloader.batch_size together with '
+        '--auto-scale-lr, add --amp, or set model.backbone.with_cp=True with --cfg-options.',
+    ),
+)
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one sentence with what, why and the fix."""
+
+
+def run_tool(main: Callable[[], None]) -> int:
+    """Run the body of a command line tool and return its exit code.
+
+    An error that the user can mend is printed as one sentence. Any other is a bug and keeps its
+    traceback, and with REPNEXT_MM_TRACEBACK=1 in the environment so does every one.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        if sentence is not None:
+            rank = os.environ.get('RANK')
+            print(f'error{f" [rank {rank}]" if rank else ""}: {sentence}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for an error that the user can mend, or None for a bug."""
+    for link in _chain(error):
+        if isinstance(link, UserError) or _is_ours(link):
+            return _one_line(link)
+        for kind, pattern, sentence in KNOWN_ERRORS:
+            if isinstance(link, kind) and (match := re.search(pattern, str(link))):
+                return sentence.format(*match.groups())
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package's own code raised `error` about a value or a file it was given."""
+    if not isinstance(error, ValueError | TypeError | OSError) or error.__traceback__ is None:
+        return False
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return PACKAGE in Path(raised_in).resolve().parents
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())

@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint; `--help` lists the options."""
+
+import sys
+
+from repnext_mm.engine.cli import test_main
+
+if __name__ == '__main__':
+    sys.exit(test_main())
