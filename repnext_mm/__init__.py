@@ -17,6 +17,7 @@ if 'repnext_mm.doctor' not in sys.orig_argv:
             name=error.name,
         ) from error
 
+    from . import engine  # noqa: F401  registers its checkpoint hook and CPU wrapper
     from .backbones import RepNeXt
     from .checkpoints.safe_globals import allow_mmengine_checkpoints
     from .reparam import prove, reparameterize
