@@ -80,6 +80,8 @@ def read_checkpoint(path: Path, label: str, extra_globals: Sequence[SafeGlobal] 
         try:
             with torch.serialization.safe_globals(missing):
                 return torch.load(path, map_location='cpu', weights_only=True)
+        except CheckpointError as err:  # from our stand-in for getattr
+            raise CheckpointError(f'{label} was not loaded: {err}') from err
         except pickle.UnpicklingError as err:
             objects = _refused_objects(path, str(err))
             if not objects:

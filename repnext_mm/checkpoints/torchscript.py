@@ -57,10 +57,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
             return self.rebuild_tensor
         # Typed lists (`build_intlist`) and tagged values (`restore_type_tag`): the value itself.
-        if module == 'torch.jit._pickle' or (module, name) == (
-            'torch._utils',
-            '_rebuild_parameter',
-        ):
+        if module == 'torch.jit._pickle':
             return self.first_argument
         if module == 'torch' and name in DTYPES:
             return DTYPES[name]
@@ -73,9 +70,8 @@ class _TensorUnpickler(pickle.Unpickler):
         _, dtype, key, *_ = pid
         if key not in self.storages:
             data = bytearray(self.archive.read(f'{self.root}/data/{key}'))
-            self.storages[key] = (
-                torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            )
+            empty = torch.empty(0, dtype=dtype)
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else empty
         return self.storages[key]
 
     def rebuild_tensor(
