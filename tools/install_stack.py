@@ -84,6 +84,12 @@ def changes(venv: Path, stamp: dict[str, str]) -> list[str]:
     return [name for name in stamp if old.get(name) != stamp[name]]
 
 
+def write_stamp(venv: Path, stamp: dict[str, str]) -> None:
+    part = venv / (STAMP + '.part')
+    part.write_text(json.dumps(stamp, indent=1), 'utf-8')
+    part.rename(venv / STAMP)
+
+
 def wheelhouse() -> Path:
     """Where compiled wheels are kept, outside the checkout."""
     default = Path.home() / '.cache' / 'repnext_mm' / 'wheelhouse'
@@ -140,7 +146,7 @@ def progress(log: str) -> str:
         return 'file {} of {}'.format(*built[-1])
     if loaded and loaded[-1][0] != loaded[-1][1]:
         return 'downloading, {:.0f} of {:.0f} MB'.format(*(int(n) / 1e6 for n in loaded[-1]))
-    return ''
+    return 'unpacking' if 'Installing collected packages' in log else ''
 
 
 def clock(seconds: float) -> str:
@@ -323,9 +329,7 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
         steps.run('check that all of it works together', [str(python), '-m', 'repnext_mm.doctor'])
     finally:
         print(read(logs / f'{steps.done}.log'), flush=True)
-    part = venv / (STAMP + '.part')
-    part.write_text(json.dumps(stamp, indent=1), 'utf-8')
-    part.rename(venv / STAMP)
+    write_stamp(venv, stamp)
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,0 +1,206 @@
+"""The doctor, on broken environments: real packages with one real fault each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from blocking import block
+
+from repnext_mm import doctor
+from repnext_mm.doctor import Finding, Probe
+
+REPO = Path(__file__).resolve().parent.parent
+ONEDL = doctor.detect_stack()[0] == 'onedl'
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose modules come before the installed ones in every Python started from here."""
+    folder = tmp_path / 'site'
+    folder.mkdir()
+    path = [str(folder), str(REPO), os.environ.get('PYTHONPATH', '')]
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, path)))
+    return folder
+
+
+def copy_package(name: str, site: Path, *leave_out: str) -> Path:
+    """Copy an installed package, without its sources for compilers and the named files."""
+    spec = importlib.util.find_spec(name)
+    assert spec and spec.origin
+    ignore = shutil.ignore_patterns('csrc', '__pycache__', *leave_out)
+    return Path(shutil.copytree(Path(spec.origin).parent, site / name, ignore=ignore))
+
+
+def compile_ext(package: Path, body: str) -> None:
+    """Compile a stand-in for mmcv's operators whose start runs `body`."""
+    source = package / '_ext.c'
+    source.write_text(f'#include <signal.h>\nextern int of_another_torch(void);\n{body}\n')
+    target = package / f'_ext{sysconfig.get_config_var("EXT_SUFFIX")}'
+    subprocess.run(['gcc', '-shared', '-fPIC', source, '-o', target], check=True)
+
+
+def examine(*packages: str) -> dict[str, Finding]:
+    return {finding.name: finding for finding in doctor.diagnose(packages)}
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+def test_says_that_this_environment_is_sound() -> None:
+    command = [sys.executable, '-m', 'repnext_mm.doctor']
+    run = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert 'FAIL' not in run.stdout
+    assert run.stdout.rstrip().endswith('All of it works together.')
+    assert 'operators compiled for' in run.stdout
+    assert ('onedl' if ONEDL else 'openmmlab') in run.stdout
+
+
+def test_starts_where_nothing_is_installed(site: Path) -> None:
+    block(site, 'torch', 'torchvision', 'timm', 'cv2', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
+    command = [sys.executable, '-m', 'repnext_mm.doctor']
+    run = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert run.returncode == 1
+    assert run.stderr == ''
+    assert run.stdout.count('is not installed.') == 6
+    assert 'waits for torch.' in run.stdout
+    assert run.stdout.rstrip().endswith('9 of 11 checks failed.')
+
+
+@pytest.mark.compat
+def test_mmcv_without_operators(site: Path) -> None:
+    copy_package('mmcv', site, '_ext*')
+    found = examine('mmcv', 'mmdet')
+    assert 'installed without its compiled operators' in found['mmcv'].problem
+    assert found['mmcv'].fix == doctor.mend('mmcv')
+    assert found['mmdet'].problem == 'waits for mmcv.'
+    assert found['mmdet'].fix == ''
+
+
+def test_mmcv_for_another_torch(site: Path) -> None:
+    compile_ext(
+        copy_package('mmcv', site, '_ext*'),
+        'void *PyInit__ext(void) { of_another_torch(); return 0; }',
+    )
+    found = examine('torch', 'mmcv')['mmcv']
+    assert 'compiled for another torch than the installed 2.' in found.problem
+    assert 'undefined symbol: of_another_torch' in found.problem
+    assert found.fix == doctor.mend('mmcv')
+
+
+def test_mmcv_that_crashes(site: Path) -> None:
+    compile_ext(
+        copy_package('mmcv', site, '_ext*'),
+        'void *PyInit__ext(void) { raise(SIGSEGV); return 0; }',
+    )
+    found = examine('mmcv')['mmcv']
+    assert 'crashed with SIGSEGV' in found.problem
+    assert found.fix == doctor.mend('mmcv')
+
+
+@pytest.mark.skipif(ONEDL, reason="onedl-mmdetection does not restrict mmcv's version")
+def test_mmcv_too_new_for_mmdet(site: Path) -> None:
+    package = copy_package('mmcv', site)
+    version = package / 'version.py'
+    version.write_text(version.read_text().replace("'2.1.0'", "'2.2.0'"))
+    found = examine('mmcv', 'mmdet', 'mmseg')
+    assert found['mmcv'].problem == ''
+    assert found['mmcv'].version == '2.2.0'
+    for name in ('mmdet', 'mmseg'):
+        assert f'{name} refuses the installed mmcv 2.2.0' in found[name].problem
+        assert found[name].fix == doctor.mend('mmcv')
+
+
+def test_torchvision_for_another_torch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_package('torchvision', site, '_C*')
+    monkeypatch.setattr(sys, 'prefix', str(site))
+    found = examine('torch', 'torchvision', 'timm')
+    assert 'was built for another torch than the 2.' in found['torchvision'].problem
+    minor = int(found['torch'].version.split('.')[1])
+    assert found['torchvision'].fix.endswith(f"'torchvision==0.{minor + 15}.*'")
+    assert found['timm'].problem == 'waits for torchvision.'
+
+
+@pytest.mark.parametrize('module', ['ftfy', 'regex'])
+def test_mmseg_needs_what_it_does_not_name(site: Path, module: str) -> None:
+    block(site, module)
+    found = examine('mmseg')['mmseg']
+    assert f'mmseg needs {module}' in found.problem
+    assert found.fix == doctor.mend('text')
+
+
+def test_opencv_without_its_system_library() -> None:
+    error = 'ImportError: libGL.so.1: cannot open shared object file: No such file or directory'
+    found = doctor.judge('cv2', {'cv2': Probe({}, error)}, [])
+    assert 'the system library libGL' in found.problem
+    assert found.fix == doctor.mend('cv2')
+
+
+def test_operators_without_the_gpu() -> None:
+    probes = {
+        'torch': Probe({'version': '2.11.0', 'gpu': 'A GPU'}, ''),
+        'mmcv': Probe({'version': '2.1.0', 'cuda': None}, ''),
+    }
+    assert 'compiled for the CPU alone' in doctor.judge('mmcv', probes, []).problem
+    probes['mmcv'] = Probe({'version': '2.1.0', 'cuda': '13.0'}, '')
+    assert doctor.judge('mmcv', probes, []) == Finding(
+        'mmcv', '2.1.0', 'operators compiled for CUDA 13.0'
+    )
+
+
+@pytest.mark.compat
+def test_both_stacks_at_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = 'mmcv' if ONEDL else 'onedl-mmcv'
+    info = site / f'{foreign.replace("-", "_")}-2.0.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {foreign}\nVersion: 2.0.0\n')
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(sys, 'prefix', str(site))
+    found = doctor.check_stack()
+    assert found.problem.startswith(f'{foreign} overwrite')
+    uninstall, *_, rest = found.fix.split(' && ')
+    assert {'mmcv', 'onedl-mmcv'} <= set(shlex.split(uninstall))
+    assert ('onedl-mmdetection' if ONEDL else 'mmdet') in rest
+
+
+def test_unsupported_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'version_info', (3, 13, 0, 'final', 0))
+    found = doctor.check_python()
+    assert 'not among 3.10, 3.11 and 3.12' in found.problem
+    assert 'PYTHON=python3.11' in found.fix
+
+
+def test_command_outside_a_managed_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, 'prefix', str(tmp_path))
+    tools, build = doctor.mend('mmcv').split(' && ')
+    assert "'setuptools<81'" in tools
+    words = shlex.split(build)
+    assert words[:2] == ['MMCV_WITH_OPS=1', sys.executable]
+    assert {'--no-cache-dir', '--no-build-isolation', '--no-deps', '--no-binary'} < set(words)
+    assert words[-1] == doctor.STACKS['onedl' if ONEDL else 'openmmlab']['mmcv']
+
+
+def test_command_inside_a_managed_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'repnext_mm-install.json').write_text('{}')
+    monkeypatch.setattr(sys, 'prefix', str(tmp_path))
+    assert doctor.mend('mmcv') == 'make reinstall' + (' STACK=onedl' if ONEDL else '')
+
+
+def test_screen_shows_problem_and_command() -> None:
+    text = doctor.render(
+        [Finding('torch', '2.11.0'), Finding('mmcv', '2.1.0', '', 'is unwell.', 'mend it')]
+    )
+    assert '   ok  torch        2.11.0\n' in text
+    assert ' FAIL  mmcv         2.1.0\n       is unwell.\n       mend: mend it\n' in text
+    assert text.endswith('1 of 2 checks failed.')

@@ -1,0 +1,254 @@
+"""What a user installs: versions, requirements and pins, package data, and the citation."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from blocking import block
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from repnext_mm import __version__, doctor
+
+REPO = Path(__file__).resolve().parent.parent
+PYTHONS = ('3.10', '3.11', '3.12')
+# Torch pins these itself, exactly and per platform.
+TORCH_CUDA = re.compile(r'nvidia-|cuda-toolkit$')
+
+
+def git(*arguments: str) -> str:
+    if not (REPO / '.git').exists():
+        pytest.skip('needs a git checkout')
+    return subprocess.run(
+        ['git', *arguments], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope='module')
+def setup_cfg() -> configparser.ConfigParser:
+    config = configparser.ConfigParser()
+    config.read(REPO / 'setup.cfg', encoding='utf-8')
+    return config
+
+
+@pytest.fixture(scope='module')
+def citation() -> dict:
+    return yaml.safe_load((REPO / 'CITATION.cff').read_text('utf-8'))
+
+
+def requirements(text: str) -> list[Requirement]:
+    lines = (line.split('#')[0].strip() for line in text.splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+@pytest.fixture(scope='module')
+def constraints() -> list[Requirement]:
+    return requirements((REPO / 'constraints.txt').read_text('utf-8'))
+
+
+def pins(constraints: list[Requirement], python: str) -> dict[str, Requirement]:
+    """The constraints that hold for one Python."""
+    environment = {'python_version': python, 'python_full_version': f'{python}.1'}
+    return {
+        canonicalize_name(line.name): line
+        for line in constraints
+        if line.marker is None or line.marker.evaluate(environment)
+    }
+
+
+def declared(setup_cfg: configparser.ConfigParser) -> Iterator[tuple[str, Requirement]]:
+    """Each requirement with the part of setup.cfg that names it."""
+    for requirement in requirements(setup_cfg['options']['install_requires']):
+        yield 'install_requires', requirement
+    for extra, text in setup_cfg['options.extras_require'].items():
+        for requirement in requirements(text):
+            yield extra, requirement
+
+
+def test_versions_agree(setup_cfg: configparser.ConfigParser, citation: dict) -> None:
+    changelog = (REPO / 'CHANGELOG.md').read_text('utf-8')
+    newest = re.search(r'^## \W*v?(\d+\.\d+\.\d+)', changelog, re.M)
+    assert newest, 'CHANGELOG.md has no heading such as `## 0.1.0`'
+    assert newest[1] == __version__
+    assert citation['version'] == __version__
+    assert setup_cfg['metadata']['version'] == 'attr: repnext_mm.version.__version__'
+
+
+def test_citation_is_complete(citation: dict) -> None:
+    assert citation['cff-version'] == '1.2.0'
+    assert set(citation) >= {'message', 'title', 'authors', 'license', 'type', 'references'}
+    papers = {paper['identifiers'][0]['value']: paper for paper in citation['references']}
+    assert set(papers) == {'arXiv:2406.16004', 'arXiv:2412.19628', 'arXiv:2303.16900'}
+    for number, paper in papers.items():
+        assert paper['url'].endswith(number.removeprefix('arXiv:'))
+        assert paper['title']
+        assert paper['type'] == 'article'
+        assert all(author['family-names'] for author in paper['authors'])
+
+
+def test_neither_stack_is_required(setup_cfg: configparser.ConfigParser) -> None:
+    of_stacks = {
+        doctor.project(spec) for specs in doctor.STACKS.values() for spec in specs.values()
+    }
+    of_stacks |= set(doctor.OTHER_MMCV)
+    for part, requirement in declared(setup_cfg):
+        if part in ('install_requires', 'dev'):
+            assert requirement.name not in of_stacks
+    for stack, specs in doctor.STACKS.items():
+        named = {r.name for r in requirements(setup_cfg['options.extras_require'][stack])}
+        assert {doctor.project(spec) for spec in specs.values()} <= named
+
+
+@pytest.mark.parametrize('python', PYTHONS)
+def test_every_requirement_is_pinned(
+    python: str, setup_cfg: configparser.ConfigParser, constraints: list[Requirement]
+) -> None:
+    pinned = pins(constraints, python)
+    for part, requirement in declared(setup_cfg):
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f'{name} ({part}) has no line in constraints.txt for {python}'
+        (pin,) = pinned[name].specifier
+        assert requirement.specifier.contains(pin.version), f'{pin} is outside {requirement}'
+
+
+@pytest.mark.parametrize('python', PYTHONS)
+def test_pins_are_exact_and_single(python: str, constraints: list[Requirement]) -> None:
+    environment = {'python_version': python}
+    names = [
+        canonicalize_name(line.name)
+        for line in constraints
+        if line.marker is None or line.marker.evaluate(environment)
+    ]
+    assert len(names) == len(set(names))
+    for line in constraints:
+        (specifier,) = line.specifier
+        assert specifier.operator == '=='
+        assert '*' not in specifier.version
+
+
+def test_doctor_recommends_the_pins(constraints: list[Requirement]) -> None:
+    pinned = {str(line) for line in constraints}
+    for specs in (doctor.TORCH, *doctor.STACKS.values()):
+        assert set(specs.values()) <= pinned
+
+
+@pytest.mark.compat
+def test_nothing_unpinned_is_installed(constraints: list[Requirement]) -> None:
+    if not (Path(sys.prefix) / 'repnext_mm-install.json').exists():
+        pytest.skip('this environment was not made by `make install`')
+    pinned = pins(constraints, '{}.{}'.format(*sys.version_info[:2]))
+    for distribution in metadata.distributions(path=[p for p in sys.path if sys.prefix in p]):
+        name = canonicalize_name(distribution.metadata['Name'])
+        if name != 'repnext-mm' and not TORCH_CUDA.match(name):
+            assert name in pinned, f'{name} {distribution.version} is not in constraints.txt'
+            assert pinned[name].specifier.contains(distribution.version)
+
+
+def imported_modules(folder: Path) -> dict[str, Path]:
+    """Top-level modules that the Python files below a folder import, each with one that does."""
+    found = {}
+    for path in folder.rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names = [node.module]
+            found.update({name.split('.')[0]: path for name in names})
+    return found
+
+
+def test_every_import_is_declared(setup_cfg: configparser.ConfigParser) -> None:
+    named = {canonicalize_name(r.name) for _, r in declared(setup_cfg)}
+    providers = metadata.packages_distributions()
+    for module, path in imported_modules(REPO / 'repnext_mm').items():
+        if module in sys.stdlib_module_names or module == 'repnext_mm':
+            continue
+        assert {canonicalize_name(d) for d in providers.get(module, [])} & named, (
+            f'{path.relative_to(REPO)} imports {module}, which setup.cfg does not name'
+        )
+
+
+@pytest.mark.compat
+def test_backbones_and_fusion_need_no_mm_packages(tmp_path: Path) -> None:
+    block(tmp_path, 'mmcv', 'mmdet', 'mmseg')
+    code = """
+import torch, repnext_mm
+for module in ('mmcv', 'mmdet', 'mmseg'):
+    try:
+        __import__(module)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f'{module} is importable: the test tests nothing')
+model = repnext_mm.RepNeXt('m0').eval()
+fused = repnext_mm.reparameterize(model)
+image = torch.randn(1, 3, 64, 64)
+with torch.no_grad():
+    for ours, theirs in zip(fused(image), model(image), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+print([tuple(level.shape) for level in ours.unsqueeze(0)])
+"""
+    path = [str(tmp_path), str(REPO), os.environ.get('PYTHONPATH', '')]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path))}
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == '[(1, 320, 2, 2)]'
+
+
+@pytest.mark.slow
+def test_installs_whole_with_pip(tmp_path: Path) -> None:
+    """The package as built for others, from the files that git knows."""
+    tracked = [REPO / name for name in git('ls-files').splitlines()]
+    source, target = tmp_path / 'source', tmp_path / 'target'
+    for path in filter(Path.is_file, tracked):
+        copy = source / path.relative_to(REPO)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    (source / 'README.md').touch()
+    pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation']
+    run = subprocess.run(
+        [*pip, '--no-index', '--target', target, source], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for path in (source / 'repnext_mm').rglob('*'):
+        if path.is_file() and '__pycache__' not in path.parts:
+            assert (target / path.relative_to(source)).is_file(), f'{path.name} was left out'
+    (info,) = metadata.distributions(name='repnext_mm', path=[str(target)])
+    assert info.version == __version__
+    assert info.metadata['License-Expression'] or info.metadata['License'] == 'Apache-2.0'
+    code = 'import repnext_mm; print(repnext_mm.__file__)'
+    env = {**os.environ, 'PYTHONPATH': str(target)}
+    run = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(target)
+
+
+@pytest.mark.parametrize(
+    'pattern',
+    [
+        pytest.param(r'(^|[^A-Za-z0-9_.$}])/(home|root|Users|mnt|work|tmp)/[A-Za-z]', id='paths'),
+        pytest.param(r'(index-url|find-links)[ =]|//[a-z.]*py(pi|thonhosted)\.', id='registries'),
+    ],
+)
+def test_nothing_names_the_machine_it_was_written_on(pattern: str) -> None:
+    found = []
+    for name in git('ls-files').splitlines():
+        path = REPO / name
+        if path.is_file() and path != Path(__file__).resolve():
+            text = path.read_text('utf-8', errors='ignore')
+            lines = enumerate(text.splitlines(), 1)
+            found += [f'{name}:{n}: {line}' for n, line in lines if re.search(pattern, line)]
+    assert found == []
