@@ -3,7 +3,7 @@
 
 import sys
 
-from repnext_mm.engine.cli import test_main
+from repnext_mm.engine.cli import evaluate_main
 
 if __name__ == '__main__':
-    sys.exit(test_main())
+    sys.exit(evaluate_main())

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.reading import check_crc, read_checkpoint
 
 BACKEND = 'atomic_local'
 TEMPORARY_SUFFIX = '.tmp'
@@ -88,18 +88,14 @@ def resumable_problem(path: str | Path) -> str | None:
 
     The whole file is read: a truncated or damaged one must not be taken for a checkpoint.
     """
+    path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            return f'its entry {damaged} is damaged'
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except zipfile.BadZipFile:
-        return 'it is not whole: its write was cut short'
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        return ' '.join(str(error).split())[:300]
+        check_crc(path, path.name)
+        checkpoint = read_checkpoint(path, path.name)
+    except (CheckpointError, OSError) as error:
+        return str(error).rstrip('.')
     missing = [key for key in RESUMABLE if key not in checkpoint]
-    return f'it lacks {", ".join(missing)}' if missing else None
+    return f'{path.name} lacks {", ".join(missing)}' if missing else None
 
 
 def checkpoints_newest_first(work_dir: str | Path, hook_cfg: dict) -> Iterator[Path]:

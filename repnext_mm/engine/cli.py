@@ -19,6 +19,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..checkpoints import CheckpointError, ensure_safe
 from .atomic_checkpoint import checkpoints_newest_first, resumable_problem
 from .data_checks import check_data
 from .device import choose_device
@@ -54,7 +55,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     return _run(_train, parser, argv)
 
 
-def test_main(argv: Sequence[str] | None = None) -> int:
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """Command line of tools/test.py; returns the exit code."""
     parser = _parser('Evaluate a checkpoint on the test data of a config.')
     parser.add_argument('checkpoint', help='checkpoint file of a training run')
@@ -148,7 +149,13 @@ def _train(args: argparse.Namespace) -> None:
     if args.amp == 'bfloat16':
         _keep_roi_align_out_of_bfloat16(runner.model)
     _hint_batch_size(cfg, runner.world_size)
-    runner.train()
+    try:
+        runner.train()
+    except CheckpointError as error:
+        raise UserError(
+            f'{str(error).rstrip(".")}; or train without pretrained weights: '
+            '--cfg-options model.backbone.init_cfg=None'
+        ) from error
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
     dumped = Path(runner.work_dir, Path(args.config).name)
@@ -163,8 +170,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _test(args: argparse.Namespace) -> None:
     cfg = _load_config(args)
-    _require_file(args.checkpoint, 'checkpoint')
-    cfg.load_from = args.checkpoint
+    cfg.load_from = ensure_safe(args.checkpoint)
     if args.show_dir:
         cfg.default_hooks.visualization.draw = True
         cfg.visualizer.save_dir = args.show_dir
@@ -294,18 +300,9 @@ def _ensure_sample_data(root: str) -> None:
         time.sleep(0.1)  # until the process of rank 0 has written it
 
 
-def _require_file(path: str, what: str) -> None:
-    if '://' not in path and not Path(path).is_file():
-        folder = Path(path).parent
-        there = sorted(p.name for p in folder.glob('*.pth')) if folder.is_dir() else []
-        hint = f'{folder} has {", ".join(there)}' if there else f'{folder} has no *.pth'
-        raise UserError(f'there is no {what} {path}; {hint}.')
-
-
 def _checkpoint_to_resume(cfg: Config, resume: str) -> str | None:
     """The checkpoint to continue from; None where a run has none yet and has to start."""
     if resume != LATEST:
-        _require_file(resume, 'checkpoint')
         if problem := resumable_problem(resume):
             raise UserError(
                 f'training cannot continue from {resume}: {problem}; give --resume without a file '
@@ -319,8 +316,8 @@ def _checkpoint_to_resume(cfg: Config, resume: str) -> str | None:
         if problem is None:
             chosen = str(path)
             break
-        skipped.append(f'{path.name} ({problem})')
-    note = f'; skipped {", ".join(skipped)}' if skipped else ''
+        skipped.append(problem)
+    note = f' (skipped: {"; ".join(skipped)})' if skipped else ''
     _say(
         f'Resuming from {_shown(chosen)}{note}.'
         if chosen

@@ -191,9 +191,10 @@ def _require_there(dataset: Any, paths: Sequence[Path], layout: str, scope: str)
     missing = next((path for path in (root, *paths) if not path.exists()), None)
     if missing is not None:
         raise UserError(
-            f'no data at {missing} (looked in {missing.absolute()}); expected under {root}: {layout}; '
-            'put or link the data there, or point elsewhere with --cfg-options data_root=DIR, or try '
-            f'the generated sample set: python tools/train.py {SAMPLE_CONFIG[scope]}'
+            f'no data at {missing} (looked in {missing.absolute()}); expected under {root}: '
+            f'{layout}; put or link the data there, or point elsewhere with --cfg-options '
+            'data_root=DIR, or try the generated sample set: '
+            f'python tools/train.py {SAMPLE_CONFIG[scope]}'
         )
 
 
@@ -218,8 +219,8 @@ def _classes(dataset: Any, cls: type) -> Sequence[str]:
     if isinstance(given, str):
         if not os.path.isfile(given):
             raise UserError(
-                f'metainfo classes={given!r} is text, not a list of names; for a single class write '
-                f'metainfo=dict(classes=({given!r},)) with the comma.'
+                f'metainfo classes={given!r} is text, not a list of names; for a single class '
+                f'write metainfo=dict(classes=({given!r},)) with the comma.'
             )
         given = Path(given).read_text().splitlines()
     classes = given if given is not None else getattr(cls, 'METAINFO', {}).get('classes')
@@ -232,7 +233,7 @@ def _classes(dataset: Any, cls: type) -> Sequence[str]:
 
 
 def _check_files(files: Sequence[Path], listed_in: str) -> None:
-    """Every file is there. One listing per folder: as many single look-ups are slow over a network."""
+    """Every file is there; one listing per folder, as single look-ups are slow over a network."""
     present = {
         folder: set(os.listdir(folder)) if folder.is_dir() else set()
         for folder in {file.parent for file in files}
@@ -240,8 +241,8 @@ def _check_files(files: Sequence[Path], listed_in: str) -> None:
     missing = [file for file in files if file.name not in present[file.parent]]
     if missing:
         raise UserError(
-            f'{len(missing)} of {len(files)} files are missing that belong to {listed_in}, the first '
-            f'is {missing[0]}; restore them, or remove their entries.'
+            f'{len(missing)} of {len(files)} files are missing that belong to {listed_in}, the '
+            f'first is {missing[0]}; restore them, or remove their entries.'
         )
 
 
@@ -256,8 +257,8 @@ def _check_decodable(images: Sequence[Path]) -> None:
     for path in _spread(images):
         if path.stat().st_size == 0 or cv2.imread(str(path)) is None:
             raise UserError(
-                f'the image {path} cannot be decoded ({path.stat().st_size} bytes); replace the file, '
-                'or remove it from the data set.'
+                f'the image {path} cannot be decoded ({path.stat().st_size} bytes); replace the '
+                'file, or remove it from the data set.'
             )
 
 
@@ -274,14 +275,14 @@ def _check_labels(masks: Sequence[Path], highest: int, ignored: int) -> None:
             ) from error
         if labels.ndim != 2:
             raise UserError(
-                f'the label map {path} has {labels.shape[-1]} channels; expected one, which holds the '
-                'number of the class of each pixel, not a colour.'
+                f'the label map {path} has {labels.shape[-1]} channels; expected one, which holds '
+                'the number of the class of each pixel, not a colour.'
             )
         found = labels[labels != ignored]
         if found.size and found.max() > highest:
             raise UserError(
-                f'the label map {path} holds the label {found.max()}, but the classes of the config '
-                f'reach to {highest}; mend metainfo, reduce_zero_label or the file.'
+                f'the label map {path} holds the label {found.max()}, but the classes of the '
+                f'config reach to {highest}; mend metainfo, reduce_zero_label or the file.'
             )
 
 
@@ -294,8 +295,8 @@ def _check_num_classes(model: Any, classes: Sequence[str]) -> None:
     if wrong:
         options = ' '.join(f'{path}.num_classes={len(classes)}' for path, _ in wrong)
         raise UserError(
-            f'{wrong[0][0]} has num_classes={wrong[0][1]}, but the training data has {len(classes)} '
-            f'classes ({_some(classes)}); add --cfg-options {options}'
+            f'{wrong[0][0]} has num_classes={wrong[0][1]}, but the training data has '
+            f'{len(classes)} classes ({_some(classes)}); add --cfg-options {options}'
         )
 
 

@@ -54,11 +54,12 @@ def choose_device(cfg: Config, device: str, launcher: str) -> str | None:
         return None
     if device == 'cuda':
         raise UserError(
-            f'--device cuda was given, but {why_no_cuda()}; leave it out to use the CPU.'
+            f'--device cuda was given, but {why_no_cuda()}; leave it out to run on the CPU.'
         )
     if launcher in ('slurm', 'mpi'):
         raise UserError(
-            f'--launcher {launcher} needs GPUs, but {why_no_cuda()}; on CPUs use --launcher pytorch.'
+            f'--launcher {launcher} needs GPUs, but {why_no_cuda()}; on CPUs use '
+            '--launcher pytorch.'
         )
     return _fall_back_to_cpu(cfg, launcher)
 

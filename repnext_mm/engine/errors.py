@@ -29,7 +29,7 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (
         KeyError,
-        r'(\S+) is not in the (\S+) registry',
+        r'([\w.]+) is not in the (\S+) registry',
         'the config asks for type={0!r}, which is not registered in {1}; mend the name, or add the '
         'package that defines it to custom_imports.',
     ),
@@ -74,8 +74,9 @@ def explain(error: BaseException) -> str | None:
         if isinstance(link, UserError) or _is_ours(link):
             return _one_line(link)
         for kind, pattern, sentence in KNOWN_ERRORS:
-            if isinstance(link, kind) and (match := re.search(pattern, str(link))):
-                return sentence.format(*match.groups())
+            # An error that crossed from a data worker quotes the code that raised it first.
+            if isinstance(link, kind) and (found := list(re.finditer(pattern, str(link)))):
+                return sentence.format(*found[-1].groups())
     return None
 
 
