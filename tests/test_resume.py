@@ -1,0 +1,240 @@
+"""A run that is killed continues as if it had not been, and never from a half-written file."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tool_runs
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from repnext_mm.engine.atomic_checkpoint import (
+    AtomicLocalBackend,
+    checkpoints_newest_first,
+    resumable_problem,
+)
+
+CONFIG = """
+_base_ = [{base!r}]
+custom_imports = dict(imports=['repnext_mm', 'tool_runs'], allow_failed_imports=False)
+custom_hooks = [dict(type='Probe', path={probe!r}, ballast_from={ballast_from})]
+"""
+# 8 images one by one, validated at the very end; a schedule that changes at every iteration.
+EPOCHS = [
+    'train_dataloader.batch_size=1',
+    'train_cfg.max_epochs=4',
+    'train_cfg.val_interval=4',
+    'param_scheduler.0.end=100',
+]
+ITERATIONS = [
+    'train_dataloader.batch_size=2',
+    'train_cfg.max_iters=10',
+    'train_cfg.val_interval=10',
+    'default_hooks.checkpoint.interval=3',
+]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tool_runs.tiny_shapes(tmp_path_factory.mktemp('data') / 'shapes')
+
+
+def write_config(folder: Path, task: str, ballast_from: int | None = None) -> Path:
+    config = folder / 'run.py'
+    text = CONFIG.format(
+        base=str(tool_runs.CONFIGS[task]),
+        probe=str(folder / 'probe.jsonl'),
+        ballast_from=ballast_from,
+    )
+    config.write_text(text)
+    return config
+
+
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], folder: Path) -> None:
+    """SIGKILL as soon as `condition` holds; it must hold before the process ends by itself."""
+    deadline = time.monotonic() + 400
+    while not condition():
+        assert process.poll() is None, (folder / 'output.txt').read_text()[-3000:]
+        assert time.monotonic() < deadline, (folder / 'output.txt').read_text()[-3000:]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def state(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k != 'event'}
+
+
+@pytest.mark.compat
+@pytest.mark.slow
+@pytest.mark.parametrize('task, settings', [('det', EPOCHS), ('seg', ITERATIONS)])
+def test_killed_between_checkpoints(
+    task: str, settings: list[str], data: Path, tmp_path: Path
+) -> None:
+    config, probe = write_config(tmp_path, task), tmp_path / 'probe.jsonl'
+    arguments = ['--work-dir', 'run', *tool_runs.options(task, data, *settings)]
+    first = tool_runs.start('train.py', config, *arguments, cwd=tmp_path)
+
+    def past_second_checkpoint() -> bool:
+        saved = tool_runs.records(probe, 'save')
+        last = tool_runs.records(probe, 'iter')[-1:]
+        return len(saved) >= 2 and bool(last) and last[0]['iter'] > saved[1]['iter']
+
+    kill_when(first, past_second_checkpoint, tmp_path)
+    before = tool_runs.records(probe, 'iter')
+    saved = tool_runs.records(probe, 'save')
+    assert len(saved) == 2
+    assert before[-1]['iter'] > saved[-1]['iter']  # there is work to lose
+
+    output = tool_runs.succeed('train.py', config, '--resume', *arguments, cwd=tmp_path)
+    name = f'epoch_{saved[-1]["epoch"]}' if task == 'det' else f'iter_{saved[-1]["iter"]}'
+    assert f'Resuming from run/{name}.pth.' in output
+
+    resumed = tool_runs.records(probe, 'start')[-1]
+    assert state(resumed) == state(saved[-1])
+    again = tool_runs.records(probe, 'iter')[len(before) :]
+    assert again[0]['iter'] == saved[-1]['iter']
+    lost = next(r for r in before if r['iter'] == again[0]['iter'])
+    assert again[0] == lost  # same iteration, epoch, place in the epoch and learning rate
+    assert again[-1]['iter'] + 1 == (32 if task == 'det' else 10)
+
+
+@pytest.mark.compat
+@pytest.mark.slow
+def test_killed_in_the_middle_of_writing_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    config, probe = write_config(tmp_path, 'det', ballast_from=2), tmp_path / 'probe.jsonl'
+    work_dir = tmp_path / 'run'
+    arguments = ['--work-dir', 'run', *tool_runs.options('det', data, *EPOCHS)]
+    first = tool_runs.start('train.py', config, *arguments, cwd=tmp_path)
+    kill_when(first, lambda: any(work_dir.glob('epoch_2.pth.*.tmp')), tmp_path)
+    assert [p.name for p in work_dir.glob('*.pth')] == ['epoch_1.pth']
+    assert len(list(work_dir.glob('*.tmp'))) == 1
+
+    # What a run without the atomic hook would leave, and a pointer cut in the middle of a path.
+    whole = (work_dir / 'epoch_1.pth').read_bytes()
+    (work_dir / 'epoch_3.pth').write_bytes(whole[: len(whole) * 2 // 3])
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_')[:-3])
+    write_config(tmp_path, 'det')
+    settings = [*EPOCHS, 'train_cfg.max_epochs=2', 'train_cfg.val_interval=5']
+    arguments = ['--work-dir', 'run', *tool_runs.options('det', data, *settings)]
+    output = tool_runs.succeed('train.py', config, '--resume', *arguments, cwd=tmp_path)
+    line = next(line for line in output.splitlines() if line.startswith('Resuming from'))
+    assert line.startswith('Resuming from run/epoch_1.pth (skipped: epoch_3.pth ')
+
+    saved, resumed = (
+        tool_runs.records(probe, 'save')[0],
+        tool_runs.records(probe, 'start')[-1],
+    )
+    assert state(resumed) == state(saved)
+    assert resumed['epoch'] == 1
+    assert not list(work_dir.glob('*.tmp'))
+    assert resumable_problem(work_dir / 'epoch_2.pth') is None
+
+
+class OneWeight(BaseModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: torch.Tensor, mode: str = 'loss') -> dict[str, torch.Tensor]:
+        return {'loss': (self.weight * inputs).sum()}
+
+
+def small_run(work_dir: Path, epochs: int, **hook: object) -> Runner:
+    """A runner with one weight and one iteration an epoch."""
+    return Runner(
+        model=OneWeight(),
+        work_dir=str(work_dir),
+        train_dataloader=DataLoader([{'inputs': torch.ones(1)}]),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
+        default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1, **hook)),
+        experiment_name=f'{work_dir.name}_{epochs}',
+        log_level='ERROR',
+    )
+
+
+@pytest.fixture
+def small_files_only() -> Callable[[], None]:
+    """Call it, and the system refuses files over 8 KiB, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.compat
+def test_the_only_checkpoint_outlives_a_failed_successor(
+    tmp_path: Path, small_files_only: Callable[[], None]
+) -> None:
+    small_run(tmp_path, epochs=1, max_keep_ckpts=1).train()
+    runner = small_run(tmp_path, epochs=2, max_keep_ckpts=1)
+    runner._resume, runner._load_from = True, str(tmp_path / 'epoch_1.pth')
+    small_files_only()
+    with pytest.raises(OSError, match='File too large'):
+        runner.train()
+    assert [p.name for p in tmp_path.glob('*.pth*')] == ['epoch_1.pth']
+    assert resumable_problem(tmp_path / 'epoch_1.pth') is None
+
+
+@pytest.mark.compat
+def test_outdated_checkpoints_go_and_temporaries_too(tmp_path: Path) -> None:
+    (tmp_path / 'epoch_9.pth.4711.tmp').write_bytes(b'half')
+    small_run(tmp_path, epochs=4, max_keep_ckpts=2).train()
+    assert sorted(p.name for p in tmp_path.glob('*.pth*')) == ['epoch_3.pth', 'epoch_4.pth']
+
+
+@pytest.mark.compat
+def test_what_is_not_resumable_says_why(tmp_path: Path) -> None:
+    small_run(tmp_path, epochs=1).train()
+    good = tmp_path / 'epoch_1.pth'
+    whole = good.read_bytes()
+    assert resumable_problem(good) is None
+
+    cut = tmp_path / 'cut.pth'
+    for share in (0, 0.3, 0.9):
+        cut.write_bytes(whole[: int(len(whole) * share)])
+        assert 'cut.pth' in str(resumable_problem(cut))
+    flipped = bytearray(whole)
+    flipped[whole.index(b'experiment_name') + 2] ^= 1  # the length and the directory stay right
+    cut.write_bytes(flipped)
+    assert 'checksum' in str(resumable_problem(cut))
+    torch.save({'state_dict': {}, 'meta': {}}, cut)
+    assert resumable_problem(cut) == 'cut.pth lacks message_hub, optimizer'
+    assert resumable_problem(tmp_path / 'absent.pth') is not None
+
+
+def test_newest_first_by_number_not_by_name_or_time(tmp_path: Path) -> None:
+    for name in ('epoch_10.pth', 'epoch_9.pth', 'epoch_2.pth', 'best_bbox_epoch_11.pth', 'x.pth'):
+        (tmp_path / name).touch()
+    found = [p.name for p in checkpoints_newest_first(tmp_path, {'by_epoch': True})]
+    assert found == ['epoch_10.pth', 'epoch_9.pth', 'epoch_2.pth']
+    assert list(checkpoints_newest_first(tmp_path, {'by_epoch': False})) == []
+    assert list(checkpoints_newest_first(tmp_path / 'absent', {})) == []
+
+    elsewhere = tmp_path / 'out' / 'run'
+    elsewhere.mkdir(parents=True)
+    (elsewhere / 'model-5.pth').touch()
+    hook = {'out_dir': str(tmp_path / 'out'), 'filename_tmpl': 'model-{}.pth'}
+    assert list(checkpoints_newest_first('work_dirs/run', hook)) == [elsewhere / 'model-5.pth']
+
+
+def test_backend_writes_whole_or_not_at_all(
+    tmp_path: Path, small_files_only: Callable[[], None]
+) -> None:
+    backend, target = AtomicLocalBackend(), tmp_path / 'new' / 'file.txt'
+    backend.put_text('first', target)
+    small_files_only()
+    with pytest.raises(OSError, match='File too large'):
+        backend.put(b'x' * 20000, target)
+    assert target.read_text() == 'first'
+    assert [p.name for p in target.parent.iterdir()] == ['file.txt']

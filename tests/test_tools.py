@@ -1,0 +1,390 @@
+"""tools/train.py and tools/test.py: whole runs in their own processes, and every message."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tool_runs
+import torch
+from conftest import REPO
+from PIL import Image
+from tool_runs import CONFIGS, FOLDERS, options
+
+from repnext_mm.engine.cli import evaluate_main as evaluate
+from repnext_mm.engine.cli import train_main as train
+
+SCRATCH = 'model.backbone.init_cfg=None'
+ONE_EPOCH = ['train_cfg.max_epochs=1', 'default_hooks.logger.interval=1']
+TWO_ITERATIONS = [
+    'train_cfg.max_iters=2',
+    'train_cfg.val_interval=2',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+]
+TRAIN_JSON = 'annotations/instances_train2017.json'
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 16: of these a check before the run opens every second.
+    return tool_runs.tiny_shapes(tmp_path_factory.mktemp('data') / 'shapes', train=16)
+
+
+@pytest.fixture
+def own_shapes(shapes: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(shapes, tmp_path / 'shapes'))
+
+
+@pytest.fixture
+def fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Callable[..., str]:
+    """Run a tool in this process, from a folder without data; returns its one sentence."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    for name in ('RANK', 'REPNEXT_MM_TRACEBACK'):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(tool: Callable, *args: object) -> str:
+        assert tool([str(a) for a in args]) == 1
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith('error') or 'Traceback' in line
+        ]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+# --- whole runs
+
+
+@pytest.mark.compat
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'task, settings, metric',
+    [('det', ONE_EPOCH, 'coco/bbox_mAP'), ('seg', TWO_ITERATIONS, 'mIoU')],
+)
+def test_train_then_the_command_it_names(
+    task: str, settings: list[str], metric: str, shapes: Path, tmp_path: Path
+) -> None:
+    output = tool_runs.succeed(
+        'train.py', CONFIGS[task], '--amp', *options(task, shapes, *settings), cwd=tmp_path
+    )
+    if not torch.cuda.is_available():
+        lines = [line for line in output.splitlines() if line.startswith('No GPU')]
+        assert len(lines) == 1
+        assert 'SyncBN as BatchNorm' in lines[0]
+        assert 'float32 in place of --amp' in lines[0]
+    last = output.splitlines()[-1]
+    wrote, following = last.split('; next: ')
+    checkpoint = re.match(r'Wrote (\S+\.pth) and the log in (\S+)$', wrote)
+    assert checkpoint, last
+    assert (tmp_path / checkpoint[1]).is_file()
+    assert (tmp_path / checkpoint[2] / 'vis_data' / 'scalars.json').is_file()
+
+    python, script, *arguments = shlex.split(following)
+    assert (python, script) == ('python', 'tools/test.py')
+    output = tool_runs.succeed('test.py', *arguments, '--show-dir', 'seen', cwd=tmp_path)
+    results = re.match(r'Wrote (\S+\.json) and pictures under seen\.', output.splitlines()[-1])
+    assert results, output.splitlines()[-1]
+    assert metric in json.loads((tmp_path / results[1]).read_text())
+    assert list((tmp_path / 'seen').rglob('*.png'))
+
+
+@pytest.mark.slow
+def test_learning_rate_follows_the_batch_on_request(shapes: Path, tmp_path: Path) -> None:
+    settings = options('det', shapes, *ONE_EPOCH, 'auto_scale_lr.base_batch_size=16')
+    output = tool_runs.succeed('train.py', CONFIGS['det'], *settings, cwd=tmp_path)
+    assert 'The batch is 4 x 1 = 4 images and the learning rate is that for 16' in output
+    scaled = tool_runs.succeed(
+        'train.py', CONFIGS['det'], '--auto-scale-lr', *settings, cwd=tmp_path
+    )
+    assert 'learning rate is that for' not in scaled
+    rates = [float(re.search(r'  lr: (\S+)', text)[1]) for text in (output, scaled)]
+    assert rates[1] == pytest.approx(rates[0] * 4 / 16, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_no_network_for_pretrained_weights(shapes: Path, tmp_path: Path) -> None:
+    weights = 'model.backbone.init_cfg.checkpoint=repnext_m0_distill_300e'
+    settings = options('seg', shapes, 'model.backbone.init_cfg.type=Pretrained', weights)
+    nowhere = 'http://127.0.0.1:9'
+    done = tool_runs.run(
+        'train.py',
+        CONFIGS['seg'],
+        *settings,
+        cwd=tmp_path,
+        https_proxy=nowhere,
+        HTTPS_PROXY=nowhere,
+        TORCH_HOME=str(tmp_path / 'hub'),
+    )
+    assert done.returncode == 1
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith('error: ')
+    assert 'repnext_m0_distill_300e' in sentence
+    assert sentence.endswith('--cfg-options model.backbone.init_cfg=None')
+    assert 'Traceback' not in done.stderr
+
+
+def test_help_names_the_defaults(capsys: pytest.CaptureFixture) -> None:
+    for tool in (train, evaluate):
+        with pytest.raises(SystemExit) as stop:
+            tool(['--help'])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        for option in ('--work-dir', '--cfg-options', '--launcher', '--local-rank', '(default: '):
+            assert option in text
+
+
+# --- arguments and configs
+
+
+@pytest.mark.compat
+def test_config_name_with_a_slip(fails: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    sentence = fails(train, 'configs/mask_rcnn_repnext_m4_cocoo.py')
+    assert 'did you mean configs/mask_rcnn_repnext_m4_coco.py?' in sentence
+    assert 'did you mean configs/semantic_fpn_repnext_m4_ade20k.py?' in fails(
+        train, 'semantic_fpn_repnet_m4_ade20k'
+    )
+    assert 'is a folder' in fails(train, 'configs')
+
+
+def test_broken_configs(fails: Callable, tmp_path: Path) -> None:
+    config = tmp_path / 'broken.py'
+    config.write_text('model = dict(')
+    assert 'broken.py is not a valid config' in fails(train, config)
+    config.write_text("_base_ = './absent.py'")
+    assert 'absent.py' in fails(train, config)
+    config.write_text("custom_imports = dict(imports=['no_such'], allow_failed_imports=False)")
+    assert 'no_such' in fails(train, config)
+    config.write_text('a = 1')
+    assert 'has no model' in fails(train, config)
+
+
+def test_type_that_nobody_registered(fails: Callable, shapes: Path) -> None:
+    settings = options('seg', shapes, 'model.backbone.type=RepNeX')
+    assert "type='RepNeX'" in fails(train, CONFIGS['seg'], *settings)
+
+
+def test_backbone_argument_that_is_not_allowed(fails: Callable, shapes: Path) -> None:
+    sentence = fails(train, CONFIGS['seg'], *options('seg', shapes, 'model.backbone.arch=m9'))
+    assert "arch='m9' is not a RepNeXt; choose one of m0" in sentence
+
+
+def test_malformed_option_is_a_usage_error(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(['config.py', '--cfg-options', 'lr'])
+    assert stop.value.code == 2
+    assert '--cfg-options takes KEY=VALUE' in capsys.readouterr().err
+
+
+@pytest.mark.compat
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU here')
+def test_cuda_asked_for_but_absent(fails: Callable, shapes: Path) -> None:
+    arguments = [CONFIGS['seg'], *options('seg', shapes), '--device', 'cuda']
+    assert '--device cuda was given, but torch' in fails(train, *arguments)
+    arguments[-2:] = ['--launcher', 'slurm']
+    assert '--launcher slurm needs GPUs, but torch' in fails(train, *arguments)
+
+
+def test_launcher_without_its_processes(fails: Callable, shapes: Path) -> None:
+    arguments = [CONFIGS['seg'], *options('seg', shapes), '--launcher', 'pytorch']
+    assert 'tools/dist_train.sh CONFIG N' in fails(train, *arguments)
+
+
+def test_traceback_on_request(
+    fails: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv('REPNEXT_MM_TRACEBACK', '1')
+    assert train(['absent.py']) == 1
+    err = capsys.readouterr().err
+    assert 'Traceback (most recent call last)' in err
+    assert err.splitlines()[-1].startswith('error: there is no config absent.py')
+
+
+# --- data
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    'config, looked_in, layout, sample',
+    [
+        (
+            'mask_rcnn_repnext_m0_coco.py',
+            'data/coco',
+            'annotations/instances_train2017.json in COCO format, and its images in train2017/',
+            'configs/mask_rcnn_repnext_m0_shapes.py',
+        ),
+        (
+            'semantic_fpn_repnext_m0_ade20k.py',
+            'data/ade/ADEChallengeData2016',
+            'images images/training/*.jpg and label maps of the same names '
+            'annotations/training/*.png',
+            'configs/semantic_fpn_repnext_m0_shapes.py',
+        ),
+    ],
+)
+def test_no_data(
+    config: str, looked_in: str, layout: str, sample: str, fails: Callable, tmp_path: Path
+) -> None:
+    sentence = fails(train, REPO / 'configs' / config)
+    assert f'no data at {looked_in} (looked in {tmp_path / looked_in})' in sentence
+    assert layout in sentence
+    assert sentence.endswith(f'python tools/train.py {sample}')
+    assert (REPO / sample).is_file()
+
+
+def test_data_root_that_lacks_a_part(fails: Callable, own_shapes: Path) -> None:
+    (own_shapes / 'coco' / TRAIN_JSON).rename(own_shapes / 'coco' / 'elsewhere.json')
+    settings = options('det', own_shapes)[2:]  # without sample_data_root: it would be mended
+    sentence = fails(train, CONFIGS['det'], '--cfg-options', 'sample_data_root=None', *settings)
+    assert f'no data at {own_shapes}/coco/{TRAIN_JSON}' in sentence
+
+
+def damaged_json(root: Path, change: Callable[[dict], object]) -> None:
+    path = root / 'coco' / TRAIN_JSON
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.compat
+def test_classes_that_the_file_does_not_have(fails: Callable, own_shapes: Path) -> None:
+    damaged_json(own_shapes, lambda c: c['categories'][0].update(name='circle'))
+    sentence = fails(train, CONFIGS['det'], *options('det', own_shapes))
+    assert 'has the 5 categories circle, ring, square, triangle, star' in sentence
+    assert '1 are not among them (disc)' in sentence
+    assert 'metainfo=dict(classes=(...))' in sentence
+
+
+def test_single_class_without_its_comma(fails: Callable, shapes: Path) -> None:
+    settings = options('det', shapes, 'train_dataloader.dataset.metainfo.classes=disc')
+    assert "classes=('disc',)" in fails(train, CONFIGS['det'], *settings)
+
+
+def test_heads_for_another_number_of_classes(fails: Callable, shapes: Path) -> None:
+    settings = options('det', shapes, 'train_dataloader.dataset.metainfo.classes=[disc,ring]')
+    sentence = fails(train, CONFIGS['det'], *settings)
+    assert 'model.roi_head.bbox_head has num_classes=5' in sentence
+    heads = ('model.roi_head.bbox_head', 'model.roi_head.mask_head')
+    assert sentence.endswith(' '.join(f'{head}.num_classes=2' for head in heads))
+    settings = options('seg', shapes, 'model.decode_head.num_classes=150')
+    assert 'model.decode_head.num_classes=7' in fails(train, CONFIGS['seg'], *settings)
+
+
+def test_fixed_classes_of_ade20k(fails: Callable, shapes: Path) -> None:
+    settings = options('seg', shapes, 'train_dataloader.dataset.type=ADE20KDataset')
+    sentence = fails(train, CONFIGS['seg'], *settings)
+    assert 'ADE20KDataset has 150 fixed classes' in sentence
+    assert 'BaseSegDataset' in sentence
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('{"images": [', 'is not valid JSON'),
+        ('', 'is not valid JSON'),
+        ('[]', 'lacks images, annotations, categories'),
+        ('{"images": []}', 'lacks annotations, categories'),
+    ],
+)
+def test_broken_annotation_file(text: str, message: str, fails: Callable, own_shapes: Path) -> None:
+    path = own_shapes / 'coco' / TRAIN_JSON
+    path.write_text(text)
+    sentence = fails(train, CONFIGS['det'], *options('det', own_shapes))
+    assert str(path) in sentence
+    assert message in sentence
+
+
+def test_nothing_left_after_the_filter(fails: Callable, own_shapes: Path) -> None:
+    damaged_json(own_shapes, lambda c: c['annotations'].clear())
+    sentence = fails(train, CONFIGS['det'], *options('det', own_shapes))
+    assert 'it lists 16 images, 0 of them with an object of the classes disc' in sentence
+
+
+def test_evaluator_of_other_annotations(fails: Callable, shapes: Path) -> None:
+    settings = options('det', shapes, 'val_evaluator.ann_file=other.json')
+    sentence = fails(train, CONFIGS['det'], *settings)
+    assert 'val_evaluator compares with other.json' in sentence
+    assert f'val_evaluator.ann_file={shapes}/coco/annotations/instances_val2017.json' in sentence
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('task, folder', [('det', 'train2017'), ('seg', 'annotations/training')])
+def test_missing_file_is_named(task: str, folder: str, fails: Callable, own_shapes: Path) -> None:
+    victim = sorted((own_shapes / FOLDERS[task] / folder).iterdir())[3]
+    victim.unlink()
+    settings = options(task, own_shapes)[2:]
+    sentence = fails(train, CONFIGS[task], '--cfg-options', 'sample_data_root=None', *settings)
+    assert f'the first is {victim}' in sentence
+    assert '1 of 1' in sentence  # of as many as the training set has
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('task, folder', [('det', 'train2017'), ('seg', 'images/training')])
+@pytest.mark.parametrize('content', [b'', b'not a picture'], ids=['empty', 'text'])
+def test_undecodable_image_is_named(
+    task: str, folder: str, content: bytes, fails: Callable, own_shapes: Path
+) -> None:
+    for victim in (own_shapes / FOLDERS[task] / folder).iterdir():
+        victim.write_bytes(content)
+    sentence = fails(train, CONFIGS[task], *options(task, own_shapes))
+    assert re.search(rf'the image {own_shapes}/\S+\.jpg cannot be decoded', sentence)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('workers', [0, 1])
+def test_undecodable_image_found_on_the_way(
+    workers: int, fails: Callable, own_shapes: Path
+) -> None:
+    """One that the look before the run did not open; with a worker, the error crosses processes."""
+    victim = sorted((own_shapes / 'ade' / 'images' / 'training').iterdir())[1]
+    victim.write_bytes(b'not a picture')
+    settings = options('seg', own_shapes, f'train_dataloader.num_workers={workers}')
+    sentence = fails(train, CONFIGS['seg'], *settings)
+    assert f'the image {victim} cannot be decoded' in sentence
+
+
+def test_label_maps_that_do_not_fit(fails: Callable, own_shapes: Path) -> None:
+    masks = sorted((own_shapes / 'ade' / 'annotations' / 'training').iterdir())
+    whole = masks[0].read_bytes()
+    Image.new('L', (64, 64), 8).save(masks[0])  # 7 classes from 1
+    sentence = fails(train, CONFIGS['seg'], *options('seg', own_shapes))
+    assert f'{masks[0]} holds the label 8, but the classes of the config reach to 7' in sentence
+    Image.new('RGB', (64, 64)).save(masks[0])
+    assert 'has 3 channels' in fails(train, CONFIGS['seg'], *options('seg', own_shapes))
+    masks[0].write_bytes(whole[:40])
+    sentence = fails(train, CONFIGS['seg'], *options('seg', own_shapes))
+    assert f'the label map {masks[0]} cannot be read' in sentence
+
+
+# --- checkpoints
+
+
+@pytest.mark.compat
+def test_checkpoints_that_cannot_be_used(fails: Callable, shapes: Path, tmp_path: Path) -> None:
+    settings = options('seg', shapes)
+    assert 'there is no file' in fails(evaluate, CONFIGS['seg'], 'absent.pth', *settings)
+
+    checkpoint = tmp_path / 'other.pth'
+    torch.save({'state_dict': {'backbone.fc.weight': torch.zeros(3)}, 'meta': {}}, checkpoint)
+    sentence = fails(evaluate, CONFIGS['seg'], checkpoint, *settings)
+    assert re.search(r'does not fit the config: 0 of the \d+ entries', sentence)
+    sentence = fails(train, CONFIGS['seg'], '--resume', checkpoint, *settings)
+    assert 'other.pth lacks message_hub, optimizer' in sentence
+
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
+    assert 'other.pth' in fails(evaluate, CONFIGS['seg'], checkpoint, *settings)
+    sentence = fails(train, CONFIGS['seg'], '--resume', checkpoint, *settings)
+    assert 'give --resume without a file to take the newest whole checkpoint' in sentence
