@@ -16,11 +16,17 @@ help: ## list these targets
 	@echo 'STACK=onedl takes the second stack (.venv-onedl), PYTHON=... another Python,'
 	@echo 'MARK=... and ARGS=... go to pytest, as in make test MARK=compat ARGS="-k fuse".'
 
+define set_up
+@$(PYTHON) -c '' 2>/dev/null || { echo 'set-up stopped: `$(PYTHON)` does not run here; name a' \
+	'Python 3.10, 3.11 or 3.12, as in `make install PYTHON=python3.11`.' >&2; exit 1; }
+@$(PYTHON) tools/install_stack.py --stack $(STACK) --venv $(VENV)
+endef
+
 install: ## set up the virtual environment of STACK, unless it is up to date
-	@$(PYTHON) tools/install_stack.py --stack $(STACK) --venv $(VENV)
+	$(set_up)
 
 reinstall: ## set it up anew
-	@$(PYTHON) tools/install_stack.py --stack $(STACK) --venv $(VENV) --rebuild
+	$(set_up) --rebuild
 
 demo: install ## train and evaluate a small Mask R-CNN on the sample data set
 	$(VENV)/bin/python tools/demo.py $(ARGS)

@@ -238,7 +238,14 @@ def managed_by_make() -> str:
     venv, checkout = Path(sys.prefix), Path(__file__).resolve().parent.parent
     if not (venv / 'repnext_mm-install.json').exists() and venv.parent != checkout:
         return ''
-    return 'make reinstall' + (' STACK=onedl' if detect_stack()[0] == 'onedl' else '')
+    command = 'make reinstall'
+    if Path.cwd() != checkout:
+        command = f'make -C {shlex.quote(str(checkout))} reinstall'
+    if 'onedl' in (detect_stack()[0], venv.name.removeprefix('.venv-')):
+        command += ' STACK=onedl'
+    if venv.parent != checkout:
+        command += f' VENV={shlex.quote(str(venv))}'
+    return command
 
 
 def mend(what: str, torch_version: str = '') -> str:

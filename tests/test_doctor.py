@@ -192,9 +192,15 @@ def test_command_outside_a_managed_environment(
 def test_command_inside_a_managed_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stack = ' STACK=onedl' if ONEDL else ''
+    monkeypatch.setattr(sys, 'prefix', str(REPO / ('.venv-onedl' if ONEDL else '.venv')))
+    monkeypatch.chdir(REPO)
+    assert doctor.mend('mmcv') == f'make reinstall{stack}'
+    monkeypatch.chdir(tmp_path)
+    assert doctor.mend('mmcv') == f'make -C {REPO} reinstall{stack}'
     (tmp_path / 'repnext_mm-install.json').write_text('{}')
     monkeypatch.setattr(sys, 'prefix', str(tmp_path))
-    assert doctor.mend('mmcv') == 'make reinstall' + (' STACK=onedl' if ONEDL else '')
+    assert doctor.mend('mmcv') == f'make -C {REPO} reinstall{stack} VENV={tmp_path}'
 
 
 def test_screen_shows_problem_and_command() -> None:
