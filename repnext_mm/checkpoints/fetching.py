@@ -30,7 +30,7 @@ def local_path(checkpoint: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: There is no such name or file, or it could not be fetched whole.
     """
-    text = os.fspath(checkpoint)
+    text = str(checkpoint)
     if text in PUBLISHED:
         return _download(PUBLISHED[text].url, PUBLISHED[text].filename)
     scheme = re.match(r'([a-z][a-z0-9+.-]+)://', text, re.IGNORECASE)

@@ -85,7 +85,7 @@ def load_pretrained(
             f'{type(model).__name__} is not a backbone of repnext_mm; pass the backbone itself, '
             'such as detector.backbone.'
         )
-    source = os.fspath(checkpoint)
+    source = str(checkpoint)
     if source in PUBLISHED and not allow_partial:
         _check_published(model, PUBLISHED[source])
     weights = read_weights(local_path(checkpoint), source)
