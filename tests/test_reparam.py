@@ -51,6 +51,7 @@ def test_single_is_one_depthwise_convolution_per_mixer():
     fused = reparameterize(model, 'single')
     assert all(e.max_rel < 1e-9 for e in prove(model, fused, (75, 101)))
     mixers = [m for n, m in fused.named_modules() if n.endswith('token_mixer')]
+    mixers = [getattr(m, 'conv', m) for m in mixers]
     assert len(mixers) == 8
     assert all(isinstance(m, nn.Conv2d) for m in mixers)
     assert not fused.fusion_report.inexact
@@ -190,3 +191,9 @@ def test_a_whole_model_is_fused_in_its_backbone_only(config):
     for name, value in model.state_dict().items():
         if not name.startswith('backbone.'):
             assert torch.equal(fused.state_dict()[name], value), name
+
+
+def test_a_merged_copy_convolution_is_not_taken_for_a_single_branch_one():
+    merged, single = (RepNeXt(a, deploy=p) for a, p in [(TINY, 'single'), (TINY_E, True)])
+    with pytest.raises(RuntimeError, match=r'downsample\.token_mixer'):
+        single.load_state_dict(merged.state_dict())

@@ -126,20 +126,24 @@ def _strip_stride(size: tuple[int, int], stride: int) -> tuple[int, int]:
     return (1, stride) if size[0] == 1 else (stride, 1)
 
 
-class DeinterleavedConv2d(nn.Conv2d):
+class DeinterleavedConv2d(nn.Module):
     """Grouped convolution C -> 2C whose outputs are reordered from pairs to halves.
 
     A convolution with C groups puts the two outputs of an input channel side by side; the copy
-    convolution that it stands for concatenates all first outputs, then all second ones.
+    convolution that it stands for concatenates all first outputs, then all second ones. Its own
+    key `conv` tells its weights from those of a single-branch network, which keeps the pairs.
     `(N, C, H, W) -> (N, 2C, H', W')`
     """
 
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        return out.unflatten(1, (self.groups, 2)).transpose(1, 2).flatten(1, 2)
+        return self.conv(x).unflatten(1, (self.conv.groups, 2)).transpose(1, 2).flatten(1, 2)
 
     def fold_norm_backward(self, norm: _BatchNorm) -> DeinterleavedConv2d:
         """Fold the norm that follows, whose channels come in halves, into the convolution."""
-        affine = (kernels.interleave(*t.chunk(2)) for t in folding.norm_affine(norm))
-        folded = kernels.fold_output(*folding.weights(self), *affine)
-        return folding.conv2d(*folded, like=self, cls=DeinterleavedConv2d)
+        scale, shift = (kernels.interleave(*t.chunk(2)) for t in folding.norm_affine(norm))
+        folded = kernels.fold_output(*folding.weights(self.conv), scale, shift)
+        return DeinterleavedConv2d(folding.conv2d(*folded, like=self.conv))

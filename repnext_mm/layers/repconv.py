@@ -110,4 +110,4 @@ class CopyConv(Fusible):
         medium, medium_bias = folding.weights(self.conv_m)
         weight = kernels.interleave(kernels.pad_kernel(small, medium.shape[-2:]), medium)
         bias = kernels.interleave(small_bias, medium_bias)
-        return folding.conv2d(weight, bias, like=self.conv_m, cls=DeinterleavedConv2d)
+        return DeinterleavedConv2d(folding.conv2d(weight, bias, like=self.conv_m))

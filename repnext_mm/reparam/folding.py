@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernels
 
-Conv = TypeVar('Conv', bound=nn.Conv2d)
 
-
-def conv2d(
-    weight: Tensor, bias: Tensor, like: nn.Conv2d, cls: type[Conv] | None = None, **kwargs: Any
-) -> Conv:
+def conv2d(weight: Tensor, bias: Tensor, like: nn.Conv2d, **kwargs: Any) -> nn.Conv2d:
     """A convolution with the given weight, in `like`'s dtype, device and memory format.
 
-    Its class is `cls`, or nn.Conv2d. Stride, padding and groups are `like`'s unless given in
-    `kwargs`.
+    Stride, padding and groups are `like`'s unless given in `kwargs`.
     """
     options: dict[str, Any] = dict(stride=like.stride, padding=like.padding, groups=like.groups)
     options |= kwargs
     out_channels, in_per_group, height, width = weight.shape
     reference = like.weight
-    conv = (cls or cast(type[Conv], nn.Conv2d))(
+    conv = nn.Conv2d(
         in_per_group * options['groups'],
         out_channels,
         (height, width),
