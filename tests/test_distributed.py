@@ -62,11 +62,6 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(data: Path, tmp_pat
     for own, other in zip(joint, shared, strict=True):
         torch.testing.assert_close(other, own, rtol=1e-3, atol=1e-5 * scale)
 
-    # Each process's own share gives something else: the comparison above can fail.
-    tool_runs.succeed('train.py', config, '--work-dir', 'half', *options(1), cwd=tmp_path)
-    apart = [(h - j).abs().max() for h, j in zip(gradients(tmp_path / 'half'), joint, strict=True)]
-    assert max(apart) > 0.01 * scale
-
 
 @pytest.mark.compat
 @pytest.mark.slow
