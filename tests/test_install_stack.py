@@ -82,9 +82,9 @@ def test_unknown_stack(tmp_path: Path) -> None:
 def test_what_makes_an_environment_stale(installer: ModuleType, tmp_path: Path) -> None:
     venv = tmp_path / 'venv'
     stamp = installer.wanted_stamp('openmmlab', venv)
-    assert installer.changes(venv, stamp) == ['nothing is there']
+    assert installer.changes(venv, stamp) == ['nothing there yet']
     venv.mkdir()
-    assert installer.changes(venv, stamp) == ['the last set-up, which did not finish']
+    assert installer.changes(venv, stamp) == ['an unfinished set-up']
     installer.write_stamp(venv, stamp)
     assert installer.changes(venv, stamp) == []
     assert installer.changes(venv, installer.wanted_stamp('onedl', venv)) == [

@@ -37,6 +37,8 @@ OPS_PACKAGE = {'openmmlab': 'mmcv', 'onedl': 'onedl-mmcv'}  # what is compiled, 
 STAMP = 'repnext_mm-install.json'
 DISK_GIB = 8  # torch with its CUDA libraries unpacks to 5 GiB
 CPYTHON = 'cp{}{}'.format(*sys.version_info[:2])
+# Also where this runs in the very environment that it is about to replace.
+BASE_PYTHON = getattr(sys, '_base_executable', None) or sys.executable
 
 
 class SetupError(Exception):
@@ -70,7 +72,7 @@ def wanted_stamp(stack: str, venv: Path) -> dict[str, str]:
         'the pins in constraints.txt': digest(CONSTRAINTS.read_text('utf-8')),
         'the requirements in setup.cfg': digest('\n'.join(requirements(stack))),
         'tools/install_stack.py': digest(Path(__file__).read_text('utf-8')),
-        'the Python': f'{sys.version.split()[0]} {os.path.realpath(sys.executable)}',
+        'the Python': f'{sys.version.split()[0]} {os.path.realpath(BASE_PYTHON)}',
         'the folder': str(venv),
     }
 
@@ -80,7 +82,7 @@ def changes(venv: Path, stamp: dict[str, str]) -> list[str]:
     try:
         old = json.loads((venv / STAMP).read_text('utf-8'))
     except (OSError, ValueError):
-        return ['the last set-up, which did not finish'] if venv.exists() else ['nothing is there']
+        return ['an unfinished set-up'] if venv.exists() else ['nothing there yet']
     return [name for name in stamp if old.get(name) != stamp[name]]
 
 
@@ -291,13 +293,14 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
         return
     package = OPS_PACKAGE[stack]
     check_machine(venv, package)
-    print(f'set-up of the {stack} stack in {venv} ({", ".join(changed) or "as asked"})', flush=True)
+    why = ', '.join(changed) or 'make reinstall'
+    print(f'set-up of the {stack} stack in {venv}, because of: {why}', flush=True)
     fresh_venv(venv)
     python = venv / 'bin' / 'python'
     logs = venv.with_name(venv.name + '-logs')
     steps = Steps(7, logs)
     get = [*pip(python, 'install'), '--constraint', str(CONSTRAINTS)]
-    steps.run('virtual environment', [sys.executable, '-m', 'venv', str(venv)])
+    steps.run('virtual environment', [BASE_PYTHON, '-m', 'venv', str(venv)])
     steps.run('pip and build tools', [*get, '--upgrade', 'pip', 'setuptools', 'wheel', 'ninja'])
     get += ['--no-build-isolation', '--progress-bar', 'raw']
     steps.run('torch and torchvision (3 GB the first time)', [*get, 'torch', 'torchvision'])
@@ -360,7 +363,7 @@ def main() -> None:
                 print(f'waiting for another set-up of {venv} to end', flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             install(args.stack, venv, args.rebuild)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         sys.exit(f'set-up stopped: {error}')
     except KeyboardInterrupt:
         sys.exit('set-up interrupted; the next `make install` starts it again.')
