@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
@@ -111,11 +112,13 @@ def _demo(args: argparse.Namespace) -> None:
     bar = args.bar if args.bar is not None else 0.0 if args.quick else task.bar
 
     shapes.ensure(data_root, QUICK_SPEC if args.quick else shapes.Spec(), track)
+    _make_folder(work_dir)
     checkpoint, cfg = _train(task, data_root, work_dir, args.quick)
 
     _, metrics = read_scalars(work_dir).val[-1]
     table = {
-        row: {name: metrics.get(prefix + key, 0.0) / task.scale for name, key in task.columns.items()}
+        # A detector that found nothing at all has no metrics.
+        row: {n: metrics.get(prefix + key, 0.0) / task.scale for n, key in task.columns.items()}
         for row, prefix in task.table.items()
     }
     dataset, model = _load(cfg, checkpoint)
@@ -133,6 +136,17 @@ def _demo(args: argparse.Namespace) -> None:
     if missed:
         found = ', '.join(f'{task.goal} of {row} is {value:.3f}' for row, value in missed.items())
         raise UserError(f'{found}, below the {bar:.2f} asked for.')
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'--work-dir {path} cannot be written ({error.strerror}); give another folder.'
+        ) from error
 
 
 def _train(task: Task, data_root: str, work_dir: Path, quick: bool) -> tuple[Path, Config]:
@@ -156,7 +170,7 @@ def _train(task: Task, data_root: str, work_dir: Path, quick: bool) -> tuple[Pat
     return checkpoint, Config.fromfile(work_dir / task.config)
 
 
-def _load(cfg: Config, checkpoint: Path) -> tuple[Any, torch.nn.Module]:
+def _load(cfg: Config, checkpoint: Path) -> tuple[Any, BaseModel]:
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         dataset = DATASETS.build(cfg.val_dataloader.dataset)
         model = MODELS.build(cfg.model)

@@ -89,7 +89,7 @@ def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path: Path) -> None:
         (['--min-ap', '40'], 2, 'must be from 0 to 1, not 40'),
         (['--min-ap', 'high'], 2, "'high'"),
         (['--quick', '--data-root', 'taken'], 1, 'not a sample data set'),
-        (['--quick', '--work-dir', 'taken/mine.txt'], 1, 'taken/mine.txt is a file'),
+        (['--quick', '--work-dir', 'taken/mine.txt'], 1, 'taken/mine.txt cannot be written'),
     ],
 )
 def test_the_demo_explains_in_one_sentence(

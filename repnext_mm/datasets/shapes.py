@@ -39,7 +39,7 @@ GENERATOR = 'repnext_mm.datasets.shapes'
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
 JPEG_QUALITY = 92
-MIN_VISIBLE = 0.35  # share of a shape's pixels that later shapes must leave visible
+MIN_VISIBLE = 0.4  # share of a shape's pixels that later shapes must leave visible
 HUE_SPREAD = 0.06  # of a class, as standard deviation; classes are 0.2 apart
 MIN_AREA = 0.0016  # smallest visible area, as a share of the image's: 26 pixels of 128 x 128
 
@@ -56,7 +56,7 @@ def _disc(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
 
 
 def _ring(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
-    half_width = 0.14 + 0.08 * form
+    half_width = 0.18 + 0.08 * form
     return np.abs(np.hypot(u, v) - (0.95 - half_width)) - half_width
 
 
@@ -196,8 +196,8 @@ def _backdrop(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarr
         pitch, slope = rng.uniform(20, 60), rng.uniform(-1, 1)
         relief = 0.6 * relief + 0.4 * (0.5 + 0.5 * np.sin(pitch * (x + slope * y) + 4 * relief))
     ground = _blend(
-        _colour(rng, (0.2, 0.7), (0.2, 0.5)),
-        _colour(rng, (0.1, 0.6), (0.4, 0.8)),
+        _colour(rng, (0.1, 0.5), (0.2, 0.5)),
+        _colour(rng, (0.1, 0.4), (0.4, 0.8)),
         np.clip(2 * relief - 0.5, 0, 1),
     )
     horizon = rng.uniform(0.15, 0.6) + rng.uniform(0, 0.2) * (_noise(rng, size, 3)[0] - 0.5)
@@ -256,7 +256,7 @@ class _Painter:
 
         hue = label / len(THINGS) + rng.normal(0, HUE_SPREAD)
         first = _colour(rng, (0.5, 1.0), (0.45, 1.0), hue)
-        second = _colour(rng, (0.0, 0.4), (0.2, 1.0))
+        second = _colour(rng, (0.3, 1.0), (0.25, 1.0), hue + rng.normal(0, HUE_SPREAD))
         fill = FILLS[str(rng.choice(list(FILLS)))]
         rgb = _blend(first, second, np.clip(fill(u, v, rng.uniform(4, 11)), 0, 1))
         lit = np.clip((x * self.light[0] + y * self.light[1]) / radius, -1, 1)
@@ -308,12 +308,12 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
             for _ in range(int(rng.integers(9, 15)))
         ]
         painter.add(int(rng.integers(len(THINGS))), swarm, crowd=True)
-    wanted = 0 if rng.random() < 0.02 else int(rng.integers(1, 7))
+    wanted = 0 if rng.random() < 0.02 else int(rng.integers(1, 6))
     centres: list[np.ndarray] = []
     for _ in range(3 * wanted):  # a shape that would hide another is given up
         if len(centres) == wanted:
             break
-        radius = np.exp(rng.uniform(np.log(0.09), np.log(0.28))) * size
+        radius = np.exp(rng.uniform(np.log(0.11), np.log(0.3))) * size
         centre = rng.uniform(0.05, 0.95, 2) * size
         if centres and rng.random() < 0.4:  # close to another one, to hide a part of it
             angle = rng.uniform(0, 2 * np.pi)
@@ -364,7 +364,8 @@ def _write_split(root: Path, spec: Spec, split: str, first_id: int, numbers: Ite
     ade_images, ade_labels = (root / 'ade' / kind / ade_name for kind in ('images', 'annotations'))
     for folder in (coco_images, ade_images, ade_labels):
         folder.mkdir(parents=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number in numbers:
         # One stream per image: a scene does not depend on how many are made.
         scene = draw_scene(

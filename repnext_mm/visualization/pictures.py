@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
+from mmengine.model import BaseModel
 from PIL import Image
 
 from .curves import save_figure
@@ -40,7 +41,7 @@ class Comparison:
 
 
 def compare(
-    model: torch.nn.Module, dataset: Any, indices: Iterable[int], score_thr: float = 0.5
+    model: BaseModel, dataset: Any, indices: Iterable[int], score_thr: float = 0.5
 ) -> list[Comparison]:
     """Run a detector or a segmentor on images of an annotated mmdet or mmseg test data set.
 
@@ -91,7 +92,9 @@ def draw_comparisons(
     from matplotlib.patches import Patch
 
     palette = colormaps['tab10' if len(classes) <= 10 else 'turbo']
-    colours = palette(np.arange(len(classes)) if len(classes) <= 10 else len(classes))
+    # tab10 is a list of colours, turbo a range of them.
+    at = np.arange(len(classes)) if len(classes) <= 10 else np.linspace(0, 1, len(classes))
+    colours = np.asarray(palette(at))
     rows = -(-len(comparisons) // per_row)
     width = len(COLUMNS) * per_row
     figure = Figure(figsize=(2.1 * width, 2.1 * rows + 0.5), layout='constrained')
@@ -109,7 +112,9 @@ def draw_comparisons(
             _draw(axes, comparison.image, regions, colours)
             seen |= {region.label for region in regions}
     figure.legend(
-        handles=[Patch(color=colours[label], label=classes[label]) for label in sorted(seen)],
+        handles=[
+            Patch(color=tuple(colours[label]), label=classes[label]) for label in sorted(seen)
+        ],
         loc='outside lower center',
         ncols=min(len(seen), 10) or 1,
         frameon=False,
