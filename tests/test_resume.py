@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import signal
 import subprocess
 import time
@@ -16,11 +17,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from repnext_mm.engine.atomic_checkpoint import (
-    AtomicLocalBackend,
-    checkpoints_newest_first,
-    resumable_problem,
-)
+from repnext_mm.engine.atomic_checkpoint import AtomicLocalBackend
+from repnext_mm.engine.resume import checkpoints_newest_first, resumable_problem
 
 CONFIG = """
 _base_ = [{base!r}]
@@ -103,8 +101,11 @@ def test_killed_between_checkpoints(
     again = tool_runs.records(probe, 'iter')[len(before) :]
     assert again[0]['iter'] == saved[-1]['iter']
     lost = next(r for r in before if r['iter'] == again[0]['iter'])
-    assert again[0] == lost  # same iteration, epoch, place in the epoch and learning rate
+    assert again[0] == lost  # same iteration, epoch, place in the epoch, images and learning rate
     assert again[-1]['iter'] + 1 == (32 if task == 'det' else 10)
+    # The config that lies beside the checkpoint now says that the run was resumed.
+    last = shlex.split(output.splitlines()[-1].split('next: python tools/test.py ')[1])
+    assert 'Wrote ' in tool_runs.succeed('test.py', *last, cwd=tmp_path)
 
 
 @pytest.mark.compat
@@ -164,10 +165,10 @@ def small_run(work_dir: Path, epochs: int, **hook: object) -> Runner:
 
 @pytest.fixture
 def small_files_only() -> Callable[[], None]:
-    """Call it, and the system refuses files over 8 KiB, as a full disk would."""
+    """Call it, and the system refuses files over 2 KiB, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, handler)
 

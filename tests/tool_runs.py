@@ -106,6 +106,7 @@ class Probe(Hook):
             iter=runner.iter,
             epoch=runner.epoch,
             batch=batch_idx,
+            images=[Path(sample.img_path).name for sample in data_batch['data_samples']],
             lr=runner.optim_wrapper.get_lr()['lr'][0],
         )
 

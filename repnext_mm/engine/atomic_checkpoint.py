@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reading import check_crc, read_checkpoint
-
 BACKEND = 'atomic_local'
 TEMPORARY_SUFFIX = '.tmp'
-#: What a checkpoint holds that training can continue from.
-RESUMABLE = ('meta', 'state_dict', 'message_hub', 'optimizer')
 
 
 @register_backend(BACKEND)
@@ -81,39 +74,3 @@ class AtomicCheckpointHook(CheckpointHook):
             path = self.file_backend.join_path(self.out_dir, name)
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
-
-
-def resumable_problem(path: str | Path) -> str | None:
-    """Why training cannot continue from this checkpoint, or None if it can.
-
-    The whole file is read: a truncated or damaged one must not be taken for a checkpoint.
-    """
-    path = Path(path)
-    try:
-        check_crc(path, path.name)
-        checkpoint = read_checkpoint(path, path.name)
-    except (CheckpointError, OSError) as error:
-        return str(error).rstrip('.')
-    missing = [key for key in RESUMABLE if key not in checkpoint]
-    return f'{path.name} lacks {", ".join(missing)}' if missing else None
-
-
-def checkpoints_newest_first(work_dir: str | Path, hook_cfg: dict) -> Iterator[Path]:
-    """The regular checkpoints of a run, told by the numbers in their names.
-
-    `last_checkpoint`, which mmengine follows, is not read: a kill can leave it empty, half-written
-    or one behind.
-    """
-    folder = Path(work_dir)
-    if hook_cfg.get('out_dir'):
-        folder = Path(hook_cfg['out_dir']) / folder.name  # as CheckpointHook does
-    by_epoch = hook_cfg.get('by_epoch', True)
-    template = hook_cfg.get('filename_tmpl') or ('epoch_{}.pth' if by_epoch else 'iter_{}.pth')
-    name = re.compile(re.escape(template).replace(re.escape('{}'), r'(\d+)'))
-    found = {
-        int(match[1]): path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := name.fullmatch(path.name))
-    }
-    for number in sorted(found, reverse=True):
-        yield found[number]

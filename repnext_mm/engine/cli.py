@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import shlex
 import time
@@ -14,20 +13,17 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, ensure_safe
-from .atomic_checkpoint import checkpoints_newest_first, resumable_problem
+from .amp import AMP_DTYPES, enable_amp, keep_roi_align_out_of_bfloat16
+from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
-
-AMP_DTYPES = ('bfloat16', 'float16')
-MATCHED_SHARE = 0.99  # below this a checkpoint belongs to another model
-LATEST = 'latest'
+from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +65,8 @@ def _run(
     argv: Sequence[str] | None,
 ) -> int:
     args = parser.parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    local_rank = os.environ.get('SLURM_LOCALID', args.local_rank)
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
     try:
         return run_tool(lambda: main(args))
     finally:
@@ -127,9 +124,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    cfg = _load_config(args)
+    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.amp:
-        _enable_amp(cfg, args.amp)
+        enable_amp(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
@@ -139,15 +136,17 @@ def _train(args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     _prepare(cfg, args, ('train', 'val'))
     if args.resume:
-        cfg.load_from = _checkpoint_to_resume(cfg, args.resume)
+        cfg.load_from, line = checkpoint_to_resume(cfg, args.resume)
         cfg.resume = cfg.load_from is not None
+        _say(line)
 
     runner = _build_runner(cfg)
-    if cfg.resume:
+    if args.resume and cfg.resume:
         runner.register_hook(RequireFit())
-        _weights_come_from_checkpoint(runner)
+        runner.register_hook(SkipSeenData())
+        drop_pretrained(runner.model)
     if args.amp == 'bfloat16':
-        _keep_roi_align_out_of_bfloat16(runner.model)
+        keep_roi_align_out_of_bfloat16(runner.model)
     _hint_batch_size(cfg, runner.world_size)
     try:
         runner.train()
@@ -169,9 +168,16 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    cfg = _load_config(args)
+    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     cfg.load_from = ensure_safe(args.checkpoint)
+    cfg.resume = False  # the config beside a resumed run's checkpoint says True
     if args.show_dir:
+        if 'visualization' not in (cfg.get('default_hooks') or {}) or 'visualizer' not in cfg:
+            raise UserError(
+                f'--show-dir needs a visualizer and default_hooks.visualization, which '
+                f'{args.config} does not have; take them from configs/_base_/'
+                f'{cfg.get("default_scope")}_runtime.py.'
+            )
         cfg.default_hooks.visualization.draw = True
         cfg.visualizer.save_dir = args.show_dir
     _prepare(cfg, args, ('test',))
@@ -190,7 +196,8 @@ def _test(args: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    if is_main_process():
+    """Print from the first process only, which launchers tell before the process group exists."""
+    if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
         print(line, flush=True)
 
 
@@ -198,72 +205,6 @@ def _shown(path: str | Path) -> str:
     """A path as short as it can be written, quoted where a shell needs it."""
     relative = os.path.relpath(path)
     return shlex.quote(str(path) if relative.startswith(os.pardir) else relative)
-
-
-# --- config
-
-
-def _load_config(args: argparse.Namespace) -> Config:
-    path = _find_config(args.config)
-    try:
-        cfg = Config.fromfile(path)
-    except ImportError as error:
-        raise UserError(f'{path} imports what is not installed: {error}') from error
-    except (SyntaxError, KeyError, OSError, TypeError) as error:
-        raise UserError(f'{path} is not a valid config: {error}') from error
-    root = cfg.get('data_root')
-    cfg.merge_from_dict(args.cfg_options)
-    if root and cfg.data_root != root:
-        for key in ('train', 'val', 'test'):
-            for part in ('dataloader', 'evaluator'):
-                name = f'{key}_{part}'
-                if cfg.get(name) is not None:
-                    cfg[name] = _moved(cfg[name], root, str(cfg.data_root))
-    if cfg.get('model') is None:
-        raise UserError(f'{path} has no model; give a whole config such as those in configs/*.py.')
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
-    return cfg
-
-
-def _find_config(name: str) -> Path:
-    path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f'{name} is a folder; name one config file in it.')
-    known = {p.stem: p for p in sorted(Path('configs').glob('*.py'))}
-    known |= {p.stem: p for p in sorted(path.parent.glob('*.py'))}
-    close = difflib.get_close_matches(path.stem, known, 1, cutoff=0.4)
-    hint = f'did you mean {known[close[0]]}?' if close else 'see configs/ for those there are.'
-    raise UserError(f'there is no config {name} (looked in {path.absolute()}); {hint}')
-
-
-def _moved(node: Any, old: str, new: str) -> Any:
-    """`node` with every path under `old` moved under `new`."""
-    if isinstance(node, dict):
-        return type(node)({key: _moved(value, old, new) for key, value in node.items()})
-    if isinstance(node, list | tuple):
-        return type(node)(_moved(value, old, new) for value in node)
-    stem = old.rstrip('/')
-    if isinstance(node, str) and (node.rstrip('/') == stem or node.startswith(f'{stem}/')):
-        return new.rstrip('/') + node[len(stem) :]
-    return node
-
-
-def _enable_amp(cfg: Config, dtype: str) -> None:
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise UserError(f'--amp works with optim_wrapper.type=OptimWrapper, not with {kind}.')
-    cfg.optim_wrapper.update(
-        type='AmpOptimWrapper',
-        dtype=dtype,
-        # bfloat16 has the exponents of float32: gradients cannot underflow, so nothing to scale.
-        loss_scale='dynamic' if dtype == 'float16' else dict(enabled=False),
-    )
-
-
-# --- before the runner
 
 
 def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> None:
@@ -300,32 +241,6 @@ def _ensure_sample_data(root: str) -> None:
         time.sleep(0.1)  # until the process of rank 0 has written it
 
 
-def _checkpoint_to_resume(cfg: Config, resume: str) -> str | None:
-    """The checkpoint to continue from; None where a run has none yet and has to start."""
-    if resume != LATEST:
-        if problem := resumable_problem(resume):
-            raise UserError(
-                f'training cannot continue from {resume}: {problem}; give --resume without a file '
-                'to take the newest whole checkpoint.'
-            )
-        return resume
-    skipped = []
-    chosen = None
-    for path in checkpoints_newest_first(cfg.work_dir, cfg.default_hooks.checkpoint):
-        problem = resumable_problem(path)
-        if problem is None:
-            chosen = str(path)
-            break
-        skipped.append(problem)
-    note = f' (skipped: {"; ".join(skipped)})' if skipped else ''
-    _say(
-        f'Resuming from {_shown(chosen)}{note}.'
-        if chosen
-        else f'No whole checkpoint in {_shown(cfg.work_dir)}{note}: starting from the beginning.'
-    )
-    return chosen
-
-
 def _hint_batch_size(cfg: Config, world_size: int) -> None:
     scale = cfg.get('auto_scale_lr') or {}
     batch = cfg.train_dataloader.get('batch_size')
@@ -337,44 +252,5 @@ def _hint_batch_size(cfg: Config, world_size: int) -> None:
         )
 
 
-# --- the runner
-
-
 def _build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-
-
-class RequireFit(Hook):
-    """Refuse a checkpoint of another model, of which mmengine would load what happens to fit."""
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = getattr(runner.model, 'module', runner.model)
-        own = {key: value.shape for key, value in model.state_dict().items()}
-        given = {
-            key.removeprefix('module.'): getattr(value, 'shape', None)
-            for key, value in checkpoint.get('state_dict', checkpoint).items()
-        }
-        matched = sum(given.get(key) == shape for key, shape in own.items())
-        if matched < MATCHED_SHARE * len(own):
-            unfit = next(key for key, shape in own.items() if given.get(key) != shape)
-            raise UserError(
-                f'{runner._load_from} does not fit the config: {matched} of the {len(own)} entries '
-                f'of the model match, {unfit} is the first that does not; use the config that the '
-                'checkpoint was trained with, it lies beside it in the work dir.'
-            )
-
-
-def _weights_come_from_checkpoint(runner: Runner) -> None:
-    """Spare the start of a resumed run the pretrained weights, and with them the network."""
-    for module in runner.model.modules():
-        init_cfg = getattr(module, 'init_cfg', None)
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            module.init_cfg = None
-
-
-def _keep_roi_align_out_of_bfloat16(model: torch.nn.Module) -> None:
-    """mmcv's RoIAlign has no bfloat16 kernel: compute it in float32 and hand back bfloat16."""
-    for module in model.modules():
-        if type(module).__name__ == 'RoIAlign':
-            module.register_forward_pre_hook(lambda _, args: tuple(a.float() for a in args))
-            module.register_forward_hook(lambda _, args, output: output.to(torch.bfloat16))

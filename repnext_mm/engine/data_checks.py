@@ -66,8 +66,9 @@ def _leaf_datasets(dataset: Any) -> Iterator[Any]:
 
 
 def _check_coco(dataset: Any, cls: type, scope: str) -> Sequence[str]:
-    ann_file, images_dir = _join(dataset, dataset.ann_file), _folder(dataset, 'img')
-    layout = f'{dataset.ann_file} in COCO format, and its images in {images_dir.name}/'
+    name = dataset.get('ann_file') or ''
+    ann_file, images_dir = _join(dataset, name), _folder(dataset, 'img')
+    layout = f'{name} in COCO format, and its images in {images_dir.name}/'
     _require_there(dataset, [ann_file, images_dir], layout, scope)
     content = _read_coco(ann_file)
 
@@ -205,6 +206,8 @@ def _read_coco(path: Path) -> dict[str, Any]:
         raise UserError(
             f'{path} is not valid JSON ({error}); it may be cut short: get or export it again.'
         ) from error
+    except OSError as error:
+        raise UserError(f'the annotation file {path} cannot be read ({error}).') from error
     lacking = [key for key in COCO_KEYS if not isinstance(content, dict) or key not in content]
     if lacking:
         raise UserError(

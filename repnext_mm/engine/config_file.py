@@ -1,0 +1,67 @@
+"""Reading a config as the command line asks for it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from .errors import UserError
+
+SPLITS = ('train', 'val', 'test')
+
+
+def load_config(name: str, options: dict[str, Any], work_dir: str | None, launcher: str) -> Config:
+    """The config in file `name` with `options` merged into it.
+
+    An option `data_root` moves every data set and evaluator that lies under the config's own
+    `data_root`; in plain MMEngine it would change a variable that nothing reads any more.
+
+    Raises:
+        UserError: There is no such file, or it is not a config of a model.
+    """
+    path = _find_config(name)
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        raise UserError(f'{path} imports what is not installed: {error}') from error
+    except (SyntaxError, KeyError, OSError, TypeError) as error:
+        raise UserError(f'{path} is not a valid config: {error}') from error
+    root = cfg.get('data_root')
+    cfg.merge_from_dict(options)
+    if root and cfg.data_root != root:
+        for key in (f'{split}_{part}' for split in SPLITS for part in ('dataloader', 'evaluator')):
+            if cfg.get(key) is not None:
+                cfg[key] = _moved(cfg[key], root, str(cfg.data_root))
+    if cfg.get('model') is None:
+        raise UserError(f'{path} has no model; give a whole config such as those in configs/*.py.')
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
+    return cfg
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f'{name} is a folder; name one config file in it.')
+    known = {p.stem: p for p in sorted(Path('configs').glob('*.py'))}
+    known |= {p.stem: p for p in sorted(path.parent.glob('*.py'))}
+    close = difflib.get_close_matches(path.stem, known, 1, cutoff=0.4)
+    hint = f'did you mean {known[close[0]]}?' if close else 'see configs/ for those there are.'
+    raise UserError(f'there is no config {name} (looked in {path.absolute()}); {hint}')
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    """`node` with every path under `old` moved under `new`."""
+    if isinstance(node, dict):
+        return type(node)({key: _moved(value, old, new) for key, value in node.items()})
+    if isinstance(node, list | tuple):
+        return type(node)(_moved(value, old, new) for value in node)
+    stem = old.rstrip('/')
+    if isinstance(node, str) and (node.rstrip('/') == stem or node.startswith(f'{stem}/')):
+        return new.rstrip('/') + node[len(stem) :]
+    return node
