@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shlex
 import signal
@@ -9,16 +10,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tool_runs
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from repnext_mm.engine.atomic_checkpoint import AtomicLocalBackend
-from repnext_mm.engine.resume import checkpoints_newest_first, resumable_problem
+from repnext_mm.engine.resume import (
+    SkipSeenData,
+    checkpoints_newest_first,
+    resumable_problem,
+)
 
 CONFIG = """
 _base_ = [{base!r}]
@@ -140,6 +147,9 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(data: Path, tmp_path: Path
     assert resumable_problem(work_dir / 'epoch_2.pth') is None
 
 
+RUN_NUMBERS = itertools.count()
+
+
 class OneWeight(BaseModel):
     def __init__(self) -> None:
         super().__init__()
@@ -149,18 +159,23 @@ class OneWeight(BaseModel):
         return {'loss': (self.weight * inputs).sum()}
 
 
-def small_run(work_dir: Path, epochs: int, **hook: object) -> Runner:
-    """A runner with one weight and one iteration an epoch."""
-    return Runner(
+def small_run(work_dir: Path, epochs: int, by_epoch: bool = True, **settings: Any) -> Runner:
+    """A runner with one weight, one iteration an epoch and a checkpoint after each."""
+    keep = settings.pop('max_keep_ckpts', -1)
+    checkpoint = dict(
+        type='AtomicCheckpointHook', interval=1, by_epoch=by_epoch, max_keep_ckpts=keep
+    )
+    defaults = dict(
         model=OneWeight(),
         work_dir=str(work_dir),
         train_dataloader=DataLoader([{'inputs': torch.ones(1)}]),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
-        default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1, **hook)),
-        experiment_name=f'{work_dir.name}_{epochs}',
+        default_hooks=dict(checkpoint=checkpoint),
+        experiment_name=f'{work_dir.name}_{next(RUN_NUMBERS)}',
         log_level='ERROR',
     )
+    return Runner(**defaults | settings)
 
 
 @pytest.fixture
@@ -192,6 +207,44 @@ def test_outdated_checkpoints_go_and_temporaries_too(tmp_path: Path) -> None:
     (tmp_path / 'epoch_9.pth.4711.tmp').write_bytes(b'half')
     small_run(tmp_path, epochs=4, max_keep_ckpts=2).train()
     assert sorted(p.name for p in tmp_path.glob('*.pth*')) == ['epoch_3.pth', 'epoch_4.pth']
+
+
+class Watched(Dataset):
+    """Seven samples; it knows which were read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.read.append(index)
+        return {'inputs': torch.ones(1)}
+
+
+@pytest.mark.compat
+def test_seen_data_is_not_read_again(tmp_path: Path) -> None:
+    def run(iterations: int) -> tuple[Runner, list[int]]:
+        data = Watched()
+        runner = small_run(
+            tmp_path,
+            epochs=iterations,
+            by_epoch=False,
+            train_dataloader=DataLoader(data, batch_size=2, sampler=InfiniteSampler(data, seed=0)),
+            train_cfg=dict(by_epoch=False, max_iters=iterations),
+        )
+        return runner, data.read
+
+    whole, order = run(12)
+    whole.train()
+    assert len(order) == 12 * 2
+    resumed, read = run(12)
+    resumed._resume, resumed._load_from = True, str(tmp_path / 'iter_9.pth')
+    resumed.register_hook(SkipSeenData())
+    resumed.train()
+    assert resumed.iter == 12
+    assert read == order[9 * 2 :]
 
 
 @pytest.mark.compat
