@@ -76,7 +76,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-max_epochs = 4  # x 245 iterations (980 annotated images / 4)
+max_epochs = 3  # x 246 iterations (982 annotated images / 4)
 train_cfg = dict(max_epochs=max_epochs)
 optim_wrapper = dict(
     optimizer=dict(lr=1.5e-3, fused=True),

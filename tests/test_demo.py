@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
 from PIL import Image
 
 from repnext_mm.visualization import Comparison, Region, draw_comparisons, plot_curves, read_scalars
 
-REPO = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, 'PYTHONPATH': str(REPO)}
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
 from mmengine.config import Config
 from PIL import Image
 
 from repnext_mm.datasets import shapes
 from repnext_mm.datasets.shapes import Scene, ShapesError, Spec
 
-REPO = Path(__file__).resolve().parent.parent
 SPEC = Spec(train=24, val=8)
 
 
@@ -49,6 +49,18 @@ def test_equal_generators_draw_equal_scenes() -> None:
     np.testing.assert_array_equal(one.image, two.image)
     np.testing.assert_array_equal(one.labels, two.labels)
     assert not np.array_equal(one.image, other.image)
+
+
+def test_version_1_draws_these_scenes() -> None:
+    # If it fails because the drawing was changed: raise VERSION, so that old folders are renewed.
+    assert shapes.VERSION == 1
+    drawn = [shapes.draw_scene(np.random.default_rng((0, i)), 128) for i in range(3)]
+    found = [[instance.label for instance in scene.instances] for scene in drawn]
+    assert found == [[0, 2, 1, 4, 4], [3, 1], [2, 2, 1, 2]]
+    # Not to the last digit: sines differ between processors.
+    assert [scene.image.mean() for scene in drawn] == pytest.approx([100.0, 147.6, 95.3], abs=0.2)
+    areas = [sum(instance.mask.sum() for instance in scene.instances) for scene in drawn]
+    assert areas == pytest.approx([3035, 1976, 5016], abs=5)
 
 
 def test_masks_are_disjoint_and_agree_with_the_label_map() -> None:
