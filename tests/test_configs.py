@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
 from repnext_mm.backbones.pyramid import PyramidBackbone
+from repnext_mm.engine.amp import keep_float32_where_needed
 
 CONFIGS = sorted((REPO / 'configs').glob('*.py'))
 SMALL = ('mask_rcnn_repnext_m0_coco', 'semantic_fpn_repnext_m2_ade20k')
@@ -165,6 +166,25 @@ def test_one_loss_and_one_prediction(name: str) -> None:
     else:
         assert results[0].pred_sem_seg.data.shape == (1, SIZE, SIZE)
         assert int(results[0].pred_sem_seg.data.max()) < 150
+
+
+@pytest.mark.compat
+def test_mask_rcnn_in_bfloat16() -> None:
+    """As --amp runs it: autocast is the same on the CPU, and mmcv lacks the kernels there too."""
+    _, model = build(REPO / 'configs' / 'mask_rcnn_repnext_m0_coco.py')
+    model = revert_sync_batchnorm(model).train()
+    inputs = model.data_preprocessor(det_batch(), training=True)
+    with torch.autocast('cpu', torch.bfloat16), pytest.raises(RuntimeError, match='BFloat16'):
+        model(**inputs, mode='loss')
+
+    keep_float32_where_needed(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        total, _ = model.parse_losses(model(**inputs, mode='loss'))
+    total.backward()
+    assert torch.isfinite(total)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) > 100
+    assert all(torch.isfinite(g).all() for g in gradients)
 
 
 def test_segmentation_is_tested_at_multiples_of_32() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmengine.config import Config
+from mmengine.utils import apply_to
+from torch import nn
 
 from .errors import UserError
 
@@ -27,9 +31,19 @@ def enable_amp(cfg: Config, dtype: str) -> None:
     )
 
 
-def keep_roi_align_out_of_bfloat16(model: torch.nn.Module) -> None:
-    """mmcv's RoIAlign has no bfloat16 kernel: compute it in float32 and hand back what came in."""
+def keep_float32_where_needed(model: nn.Module) -> None:
+    """Let a detector train in bfloat16, for which mmcv's RoIAlign and nms have no kernels.
+
+    RoIAlign computes in float32 and hands back what came in; dense heads hand on float32 scores
+    and boxes.
+    """
     for module in model.modules():
         if type(module).__name__ == 'RoIAlign':
-            module.register_forward_pre_hook(lambda _, args: tuple(a.float() for a in args))
+            module.register_forward_pre_hook(lambda _, args: _float32(args))
             module.register_forward_hook(lambda _, args, output: output.to(torch.bfloat16))
+        elif hasattr(module, 'prior_generator'):
+            module.register_forward_hook(lambda _, args, output: _float32(output))
+
+
+def _float32(data: Any) -> Any:
+    return apply_to(data, torch.is_tensor, lambda tensor: tensor.float())

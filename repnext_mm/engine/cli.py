@@ -18,7 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, ensure_safe
-from .amp import AMP_DTYPES, enable_amp, keep_roi_align_out_of_bfloat16
+from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed
 from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
@@ -146,7 +146,7 @@ def _train(args: argparse.Namespace) -> None:
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
     if args.amp == 'bfloat16':
-        keep_roi_align_out_of_bfloat16(runner.model)
+        keep_float32_where_needed(runner.model)
     _hint_batch_size(cfg, runner.world_size)
     try:
         runner.train()
