@@ -297,6 +297,10 @@ def test_fixed_classes_of_ade20k(fails: Callable, shapes: Path) -> None:
         ('', 'is not valid JSON'),
         ('[]', 'lacks images, annotations, categories'),
         ('{"images": []}', 'lacks annotations, categories'),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            'images[0] needs the fields file_name, height, id, width',
+        ),
     ],
 )
 def test_broken_annotation_file(text: str, message: str, fails: Callable, own_shapes: Path) -> None:

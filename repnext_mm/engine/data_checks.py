@@ -16,7 +16,11 @@ from .errors import UserError
 
 #: Files opened per data set; every file's presence is checked, reading all would take too long.
 SAMPLED_FILES = 8
-COCO_KEYS = ('images', 'annotations', 'categories')
+COCO_FIELDS = {
+    'images': {'id', 'file_name', 'width', 'height'},
+    'annotations': {'image_id', 'category_id', 'bbox'},
+    'categories': {'id', 'name'},
+}
 HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
 SAMPLE_CONFIG = {
     'mmdet': 'configs/mask_rcnn_repnext_m0_shapes.py',
@@ -70,7 +74,8 @@ def _check_coco(dataset: Any, cls: type, scope: str) -> Sequence[str]:
     ann_file, images_dir = _join(dataset, name), _folder(dataset, 'img')
     layout = f'{name} in COCO format, and its images in {images_dir.name}/'
     _require_there(dataset, [ann_file, images_dir], layout, scope)
-    content = _read_coco(ann_file)
+    test_mode = dataset.get('test_mode', False)
+    content = _read_coco(ann_file, test_mode)
 
     classes = _classes(dataset, cls)
     names = [category['name'] for category in content['categories']]
@@ -87,7 +92,7 @@ def _check_coco(dataset: Any, cls: type, scope: str) -> Sequence[str]:
     annotated = {a['image_id'] for a in content['annotations'] if a['category_id'] in wanted}
     images = content['images']
     usable = images
-    if not dataset.get('test_mode', False) and dataset.get('filter_cfg'):
+    if not test_mode and dataset.get('filter_cfg'):
         smallest = dataset.filter_cfg.get('min_size', 0)
         skip_empty = dataset.filter_cfg.get('filter_empty_gt', False)
         usable = [
@@ -199,7 +204,7 @@ def _require_there(dataset: Any, paths: Sequence[Path], layout: str, scope: str)
         )
 
 
-def _read_coco(path: Path) -> dict[str, Any]:
+def _read_coco(path: Path, test_mode: bool) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -208,12 +213,22 @@ def _read_coco(path: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(f'the annotation file {path} cannot be read ({error}).') from error
-    lacking = [key for key in COCO_KEYS if not isinstance(content, dict) or key not in content]
+    # The published image lists of test splits have no annotations.
+    needed = [key for key in COCO_FIELDS if not (test_mode and key == 'annotations')]
+    lacking = [key for key in needed if not isinstance(content, dict) or key not in content]
     if lacking:
         raise UserError(
             f'{path} is not a COCO annotation file: it lacks {", ".join(lacking)}; expected a JSON '
-            f'object with {", ".join(COCO_KEYS)}.'
+            f'object with {", ".join(COCO_FIELDS)}.'
         )
+    content = {'annotations': [], **content}
+    for key, fields in COCO_FIELDS.items():
+        for number, item in enumerate(content[key]):
+            if not isinstance(item, dict) or not fields <= item.keys():
+                raise UserError(
+                    f'{path} is not a COCO annotation file: {key}[{number}] needs the fields '
+                    f'{", ".join(sorted(fields))}.'
+                )
     return content
 
 
