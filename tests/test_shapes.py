@@ -361,6 +361,25 @@ def test_a_failure_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p.name for p in tmp_path.iterdir()] == ['shapes']
 
 
+def test_a_failure_of_the_last_step_puts_the_old_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shapes.ensure(tmp_path / 'shapes', Spec(train=2, val=1))
+    before = digests(root)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == 'new':
+            raise OSError(5, 'Input/output error')
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', failing)
+    with pytest.raises(ShapesError, match='Input/output error'):
+        shapes.ensure(root, Spec(train=3, val=1))
+    assert digests(root) == before
+    assert [p.name for p in tmp_path.iterdir()] == ['shapes']
+
+
 def _ensure(root: Path) -> None:
     shapes.ensure(root, Spec(train=6, val=2))
 

@@ -500,6 +500,8 @@ def generate(root: str | os.PathLike, spec: Spec | None = None, track: Track | N
         except OSError:
             # Another process (a rank of a distributed run, say) was faster: its files are as good.
             if read_marker(root) != spec:
+                if old.exists() and not root.exists():
+                    old.rename(root)
                 raise
     except OSError as error:
         raise ShapesError(

@@ -75,7 +75,7 @@ def plot_curves(work_dir: str | os.PathLike, out_file: str | os.PathLike) -> Pat
     from matplotlib.figure import Figure
 
     scalars = read_scalars(work_dir)
-    figure = Figure(figsize=(10, 4), layout='constrained')
+    figure = Figure(figsize=(10, 4.6), layout='constrained')
     FigureCanvasAgg(figure)
     loss_axes, metric_axes = figure.subplots(1, 2)
 
@@ -101,7 +101,7 @@ def plot_curves(work_dir: str | os.PathLike, out_file: str | os.PathLike) -> Pat
     for axes in (loss_axes, metric_axes):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize='small')
+            axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     return save_figure(figure, out_file)
 
 
