@@ -380,6 +380,7 @@ def test_label_maps_that_do_not_fit(fails: Callable, own_shapes: Path) -> None:
 def test_checkpoints_that_cannot_be_used(fails: Callable, shapes: Path, tmp_path: Path) -> None:
     settings = options('seg', shapes)
     assert 'there is no file' in fails(evaluate, CONFIGS['seg'], 'absent.pth', *settings)
+    assert 'there is no file' in fails(train, CONFIGS['seg'], *settings, 'load_from=absent.pth')
 
     checkpoint = tmp_path / 'other.pth'
     torch.save({'state_dict': {'backbone.fc.weight': torch.zeros(3)}, 'meta': {}}, checkpoint)

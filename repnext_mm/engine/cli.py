@@ -135,13 +135,16 @@ def _train(args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
     _prepare(cfg, args, ('train', 'val'))
-    if args.resume:
-        cfg.load_from, line = checkpoint_to_resume(cfg, args.resume)
+    resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or LATEST))
+    if resume:
+        cfg.load_from, line = checkpoint_to_resume(cfg, resume)
         cfg.resume = cfg.load_from is not None
         _say(line)
+    elif cfg.get('load_from'):
+        cfg.load_from = ensure_safe(cfg.load_from)
 
     runner = _build_runner(cfg)
-    if args.resume and cfg.resume:
+    if cfg.get('resume'):
         runner.register_hook(RequireFit())
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
