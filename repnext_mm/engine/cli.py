@@ -148,7 +148,7 @@ def _train(args: argparse.Namespace) -> None:
         runner.register_hook(RequireFit())
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
-    if args.amp == 'bfloat16':
+    if cfg.optim_wrapper.get('dtype') == 'bfloat16':  # which a CPU took back
         keep_float32_where_needed(runner.model)
     _hint_batch_size(cfg, runner.world_size)
     try:
