@@ -13,7 +13,7 @@ METRICS = (
     ('coco/bbox_mAP', 'box AP', 1),
     ('coco/segm_mAP', 'mask AP', 1),
     ('mIoU', 'mIoU', 100),
-    ('mAcc', 'mean class accuracy', 100),
+    ('mAcc', 'class accuracy', 100),
     ('aAcc', 'pixel accuracy', 100),
 )
 
@@ -75,7 +75,7 @@ def plot_curves(work_dir: str | os.PathLike, out_file: str | os.PathLike) -> Pat
     from matplotlib.figure import Figure
 
     scalars = read_scalars(work_dir)
-    figure = Figure(figsize=(10, 4.6), layout='constrained')
+    figure = Figure(figsize=(10, 4.8), layout='constrained')
     FigureCanvasAgg(figure)
     loss_axes, metric_axes = figure.subplots(1, 2)
 
@@ -94,14 +94,14 @@ def plot_curves(work_dir: str | os.PathLike, out_file: str | os.PathLike) -> Pat
     for key, name, unit in METRICS:
         points = [(i, record[key] / unit) for i, record in scalars.val if key in record]
         if points:
-            label = f'{name}, at last {points[-1][1]:.3f}'
+            label = f'{name}, last {points[-1][1]:.3f}'
             metric_axes.plot(*zip(*points, strict=True), marker='o', label=label)
     metric_axes.set(title='Validation', xlabel='iteration', ylim=(0, 1))
     metric_axes.set_xlim(left=0)
     for axes in (loss_axes, metric_axes):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+            axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     return save_figure(figure, out_file)
 
 
