@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ..layers.depthwise import TrainForm
-from ..layers.metanext import Downsample, MetaNeXtBlock, Stage, conv_stem
+from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, make_stages
 from ..layers.repconv import ChunkConv, CopyConv
 from .pyramid import PyramidBackbone
 
@@ -61,17 +61,16 @@ class RepNeXt(PyramidBackbone):
         self._check_widths(channels, single)
         self.stem = nn.Sequential()
         self.stem.add_module('stem', conv_stem(channels[0]))
-        self.stages = nn.ModuleList()
-        for i, (width, depth) in enumerate(zip(channels, settings['depths'], strict=True)):
-            blocks: list[nn.Module] = [
-                MetaNeXtBlock(width, _block_mixer(width, single, train_form), ratio, drop_path_rate)
-                for _ in range(depth)
-            ]
-            downsample = None
-            if i > 0:
-                mixer = _downsample_mixer(channels[i - 1], single, train_form)
-                downsample = Downsample(width, mixer, ratio)
-            self.stages.append(Stage(blocks, downsample))
+
+        def block(i: int, _: int) -> nn.Module:
+            mixer = _block_mixer(channels[i], single, train_form)
+            return MetaNeXtBlock(channels[i], mixer, ratio, drop_path_rate)
+
+        def downsample(i: int) -> nn.Module:
+            mixer = _downsample_mixer(channels[i - 1], single, train_form)
+            return Downsample(channels[i], mixer, ratio)
+
+        self.stages = make_stages(settings['depths'], block, downsample)
 
     @staticmethod
     def _check_widths(channels: tuple[int, ...], single: bool) -> None:

@@ -1,7 +1,9 @@
-"""The macro design that RepNeXt and RecNeXt share: stem, block, downsample, stage."""
+"""The macro design that the families share: stem, block, downsample, stages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 from timm.layers import DropPath
@@ -15,13 +17,18 @@ from .fusible import Fusible, Note
 from .recompute import run_checkpointed
 
 
-def conv_stem(channels: int) -> nn.Sequential:
-    """Two strided 3x3 convolutions. `(N, 3, H, W) -> (N, channels, H / 4, W / 4)`, rounded up."""
-    return nn.Sequential(
-        ConvNorm(3, channels // 2, 3, stride=2, padding=1),
-        nn.GELU(),
-        ConvNorm(channels // 2, channels, 3, stride=2, padding=1),
-    )
+def conv_stem(
+    channels: int, steps: int = 2, bias: bool = False, final_activation: bool = False
+) -> nn.Sequential:
+    """Strided 3x3 convolutions with GELU between them, each twice as wide as the one before.
+
+    `(N, 3, H, W) -> (N, channels, H / 2**steps, W / 2**steps)`, rounded up.
+    """
+    widths = [3, *(channels // 2**k for k in reversed(range(steps)))]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [ConvNorm(before, after, 3, stride=2, padding=1, bias=bias), nn.GELU()]
+    return nn.Sequential(*(layers if final_activation else layers[:-1]))
 
 
 def channel_mixer(channels: int, ratio: float, bias: bool = False) -> nn.Sequential:
@@ -37,17 +44,32 @@ def drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate else nn.Identity()
 
 
+def linear_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Drop path rates rising evenly from 0 at the first block to `rate` at the last, per stage."""
+    last = max(sum(depths) - 1, 1)
+    rates = iter([rate * i / last for i in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
 class MetaNeXtBlock(Fusible):
-    """`x + drop_path(channel_mixer(norm(token_mixer(x))))`, shape-preserving `(N, C, H, W)`."""
+    """`x + drop_path(channel_mixer(norm(token_mixer(x))))`, shape-preserving `(N, C, H, W)`.
+
+    `norm=False` leaves the norm out, for a token mixer that ends in its own.
+    """
 
     norm: nn.Module
 
     def __init__(
-        self, channels: int, token_mixer: nn.Module, mlp_ratio: float, drop_path_rate: float = 0.0
+        self,
+        channels: int,
+        token_mixer: nn.Module,
+        mlp_ratio: float,
+        drop_path_rate: float = 0.0,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.token_mixer = token_mixer
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
         self.channel_mixer = channel_mixer(channels, mlp_ratio)
         self.drop_path = drop_path(drop_path_rate)
 
@@ -64,23 +86,33 @@ class MetaNeXtBlock(Fusible):
 
 
 class Downsample(Fusible):
-    """`y = norm(token_mixer(x)); y + channel_mixer(y)`.
+    """`y = norm(token_mixer(x)); y + drop_path(channel_mixer(y))`.
 
     `(N, C, H, W) -> (N, out_channels, H / 2, W / 2)`, rounded up; `token_mixer` does the stride.
+    `norm=False` leaves the norm out, for a token mixer that ends in its own.
     """
 
     token_mixer: Any
     norm: nn.Module
 
-    def __init__(self, out_channels: int, token_mixer: nn.Module, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        out_channels: int,
+        token_mixer: nn.Module,
+        mlp_ratio: float,
+        drop_path_rate: float = 0.0,
+        norm: bool = True,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.token_mixer = token_mixer
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.channel_mixer = channel_mixer(out_channels, mlp_ratio)
+        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.channel_mixer = channel_mixer(out_channels, mlp_ratio, bias)
+        self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.token_mixer(x))
-        return y + self.channel_mixer(y)
+        return y + self.drop_path(self.channel_mixer(y))
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan != 'branches' and isinstance(self.norm, _BatchNorm):
@@ -115,8 +147,24 @@ class Stage(nn.Module):
         downsample = [self.downsample] if hasattr(self, 'downsample') else []
         return [*downsample, *self.blocks]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, part: nn.Module, *inputs: Tensor) -> Any:
+        """`part(*inputs)`, with activation checkpointing where it was asked for."""
         recompute = self.with_cp and self.training
+        return run_checkpointed(part, *inputs) if recompute else part(*inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
         for part in self.parts():
-            x = run_checkpointed(part, x) if recompute else part(x)
+            x = self.run(part, x)
         return x
+
+
+def make_stages(
+    depths: Sequence[int],
+    block: Callable[[int, int], nn.Module],
+    downsample: Callable[[int], nn.Module],
+) -> nn.ModuleList:
+    """Stages of `depths` blocks from `block(stage, index)`, with `downsample(stage)` between."""
+    return nn.ModuleList(
+        Stage([block(i, j) for j in range(depth)], downsample(i) if i else None)
+        for i, depth in enumerate(depths)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,8 +29,8 @@ def _statistics_held(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` with its activations recomputed in backward instead of kept.
+def run_checkpointed(module: nn.Module, *inputs: Tensor) -> Any:
+    """`module(*inputs)` with its activations recomputed in backward instead of kept.
 
     The recomputation must not move the running statistics a second time.
     """
@@ -37,4 +38,4 @@ def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _statistics_held(module)
 
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
