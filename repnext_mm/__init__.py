@@ -18,7 +18,7 @@ if 'repnext_mm.doctor' not in sys.orig_argv:
         ) from error
 
     from . import engine  # noqa: F401  registers its checkpoint hook and CPU wrapper
-    from .backbones import RepNeXt
+    from .backbones import InceptionNeXt, RecNeXt, RepNeXt
     from .checkpoints.safe_globals import allow_mmengine_checkpoints
     from .reparam import prove, reparameterize
 
@@ -26,4 +26,4 @@ if 'repnext_mm.doctor' not in sys.orig_argv:
     # classes.
     allow_mmengine_checkpoints()
 
-__all__ = ['RepNeXt', '__version__', 'prove', 'reparameterize']
+__all__ = ['InceptionNeXt', 'RecNeXt', 'RepNeXt', '__version__', 'prove', 'reparameterize']

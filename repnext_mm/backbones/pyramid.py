@@ -50,7 +50,7 @@ class PyramidBackbone(BaseModule):
     #: Keys of a row of `arch_zoo`, each with the default of a custom `arch` (`...` = required).
     arch_keys: ClassVar[dict[str, Any]]
     #: Factor by which each stage is smaller than the image.
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
+    strides: tuple[int, ...] = (4, 8, 16, 32)
 
     stem: nn.Module
     stages: nn.ModuleList

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..reparam import folding
+from ..reparam import folding, kernels
 from ..reparam.plans import Plan
 from .fusible import Fusible, Note
 
@@ -34,6 +34,17 @@ class ConvNorm(nn.Sequential, Fusible):
             in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias
         )
         super().__init__(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that this is with frozen statistics.
+
+        Differentiable, in the dtype of the parameters.
+        """
+        norm = self.norm
+        affine = kernels.norm_affine(
+            norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        )
+        return kernels.fold_output(self.conv.weight, self.conv.bias, *affine)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         note('convolution and norm to one convolution')

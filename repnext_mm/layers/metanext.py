@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -130,7 +130,8 @@ class Downsample(Fusible):
 class Stage(nn.Module):
     """An optional downsample, then blocks; one level of the pyramid.
 
-    With `with_cp`, each part's activations are recomputed in backward instead of being kept.
+    A block may return more tensors than its output; the next block takes them too. With
+    `with_cp`, each part's activations are recomputed in backward instead of being kept.
     """
 
     def __init__(
@@ -147,15 +148,13 @@ class Stage(nn.Module):
         downsample = [self.downsample] if hasattr(self, 'downsample') else []
         return [*downsample, *self.blocks]
 
-    def run(self, part: nn.Module, *inputs: Tensor) -> Any:
-        """`part(*inputs)`, with activation checkpointing where it was asked for."""
-        recompute = self.with_cp and self.training
-        return run_checkpointed(part, *inputs) if recompute else part(*inputs)
-
     def forward(self, x: Tensor) -> Tensor:
+        recompute = self.with_cp and self.training
+        state: tuple[Tensor, ...] = (x,)
         for part in self.parts():
-            x = self.run(part, x)
-        return x
+            out = run_checkpointed(part, *state) if recompute else part(*state)
+            state = out if isinstance(out, tuple) else (out,)
+        return state[0]
 
 
 def make_stages(

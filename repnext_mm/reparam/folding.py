@@ -54,5 +54,6 @@ def fold_norm_backward(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
 
 
 def fold_norm_forward(norm: _BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
-    """The 1x1 convolution that computes `conv(norm(x))`."""
-    return conv2d(*kernels.fold_input(*weights(conv), *norm_affine(norm)), like=conv)
+    """The convolution that computes `conv(norm(x))`; it must be 1x1 or have no padding."""
+    folded = kernels.fold_input(*weights(conv), *norm_affine(norm), padded=any(conv.padding))
+    return conv2d(*folded, like=conv)

@@ -82,18 +82,21 @@ def fold_output(
     return weight * scale.view(-1, 1, 1, 1), bias * scale + shift
 
 
-def fold_input(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold `x -> scale * x + shift` on the input of an ungrouped 1x1 convolution (forward).
+def fold_input(
+    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, padded: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Fold `x -> scale * x + shift` on the input of an ungrouped convolution into it (forward).
 
-    Raises ValueError for larger kernels: their zero padding is added after the shift, which
-    makes the fold wrong on the border; and for grouped ones.
+    Raises ValueError for a grouped convolution, and for a `padded` one larger than 1x1: its
+    zeros come after the shift, which makes the fold wrong on the border.
     """
-    if tuple(weight.shape[-2:]) != (1, 1) or weight.shape[1] != scale.numel():
+    pointwise = tuple(weight.shape[-2:]) == (1, 1)
+    if weight.shape[1] != scale.numel() or (padded and not pointwise):
         raise ValueError(
-            'an affine input folds exactly only into an ungrouped 1x1 convolution, not into one '
-            f'with a weight of shape {tuple(weight.shape)} for {scale.numel()} channels.'
+            'an affine input folds exactly only into an ungrouped 1x1 or unpadded convolution, not '
+            f'into one with a weight of shape {tuple(weight.shape)} for {scale.numel()} channels.'
         )
-    return weight * scale.view(1, -1, 1, 1), bias + weight.flatten(1) @ shift
+    return weight * scale.view(1, -1, 1, 1), bias + weight.sum((2, 3)) @ shift
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:

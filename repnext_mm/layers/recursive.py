@@ -1,0 +1,207 @@
+"""Recursive convolutions: large receptive fields from small kernels at halved resolutions.
+
+RecConv, arXiv 2412.19628; the shared form is the published networks', the others are the
+variants of its ablation. Each maps `(N, C, H, W) -> (N, C, H, W)`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .precision import run_in_float32
+
+UpsampleMode = Literal['nearest', 'bilinear']
+UPSAMPLE_MODES: tuple[UpsampleMode, ...] = get_args(UpsampleMode)
+
+
+class RecursiveConv(nn.Module):
+    """Base of the variants; under autocast the recursion runs in float32.
+
+    In half precision every level rounds its features twice, and the output inherits it all.
+
+    Args:
+        channels: C.
+        kernel_size: Size of the depthwise kernels, odd.
+        level: How often the resolution is halved; the receptive field doubles with each.
+        mode: Upsampling between the levels, where it is not a transposed convolution.
+        bias: Whether the convolutions have one.
+    """
+
+    #: Variants that upsample by transposed convolutions take only sizes that halve evenly.
+    transposed: ClassVar[bool] = False
+    min_level: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 5,
+        level: int = 1,
+        mode: UpsampleMode = 'bilinear',
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size={kernel_size} of a recursive convolution must be odd.')
+        if level < self.min_level:
+            raise ValueError(
+                f'level={level} is too low for {type(self).__name__}; use {self.min_level} or more.'
+            )
+        if mode not in UPSAMPLE_MODES:
+            raise ValueError(f'mode={mode!r} is not one of {", ".join(UPSAMPLE_MODES)}.')
+        if self.transposed and channels % 2**level:
+            raise ValueError(
+                f'{type(self).__name__} halves its channels {level} times, which {channels} '
+                f'channels cannot: use a multiple of {2**level} or a lower level.'
+            )
+        self.level = level
+        self.mode = mode
+        options = dict(kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
+        self.build(channels, partial(nn.Conv2d, **options))
+
+    @abstractmethod
+    def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
+        """Add the convolutions, made by `conv` (kernel, padding and bias are set)."""
+
+    @abstractmethod
+    def recur(self, x: Tensor) -> Tensor:
+        """The recursion in the dtype of `x`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            self.check_size(x)
+        if torch.is_autocast_enabled(x.device.type):
+            return run_in_float32(self.recur, x)
+        return self.recur(x)
+
+    def upsample(self, x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, size=like.shape[2:], mode=self.mode)
+
+    def check_size(self, x: Tensor) -> None:
+        height, width = x.shape[2:]
+        step = 2**self.level
+        if height % step or width % step:
+            raise ValueError(
+                f'{type(self).__name__} at level {self.level} cannot take a {height}x{width} '
+                f'feature map: both sides must be multiples of {step}. Pad the images, or use '
+                'the recursive or recurrent variant.'
+            )
+
+    def extra_repr(self) -> str:
+        return f'level={self.level}' + ('' if self.transposed else f', mode={self.mode!r}')
+
+
+class SharedRecursiveConv(RecursiveConv):
+    """One shared convolution `down` for all levels, one of `convs` per level, deepest first.
+
+    At level 0 it is the single convolution `convs.0`.
+    """
+
+    min_level = 0
+
+    def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
+        depthwise = partial(conv, channels, channels, groups=channels)
+        if self.level:
+            self.down = depthwise(stride=2)
+        self.convs = nn.ModuleList(depthwise() for _ in range(self.level + 1))
+
+    def recur(self, x: Tensor) -> Tensor:
+        features = [x]
+        for _ in range(self.level):
+            features.append(self.down(features[-1]))
+        out = features.pop()
+        for conv in self.convs[: self.level]:
+            out = features[-1] + self.upsample(conv(out), like=features.pop())
+        return self.convs[-1](out)
+
+
+class RecurrentConv(RecursiveConv):
+    """All levels share their convolutions: `n` down, `a` for what came up, `b` for the level.
+
+    `c` and `d` do the same at full resolution.
+    """
+
+    def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
+        depthwise = partial(conv, channels, channels, groups=channels)
+        self.n = depthwise(stride=2)
+        if self.level > 1:
+            self.a = depthwise()
+        self.b, self.c, self.d = depthwise(), depthwise(), depthwise()
+
+    def recur(self, x: Tensor) -> Tensor:
+        features = [x]
+        for _ in range(self.level):
+            features.append(self.n(features[-1]))
+        out = self.upsample(self.b(features.pop()), like=features[-1])
+        for _ in range(self.level - 1):
+            out = self.a(out) + self.b(features.pop())
+            out = self.upsample(out, like=features[-1])
+        return self.c(out) + self.d(x)
+
+
+class GroupedRecursiveConv(RecursiveConv):
+    """Each level halves the channels too, by grouped convolutions, and doubles them going up."""
+
+    transposed = True
+
+    def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
+        widths = [channels // 2**k for k in range(self.level + 1)]
+        self.downs = nn.ModuleList(
+            conv(wide, narrow, groups=narrow, stride=2)
+            for wide, narrow in zip(widths, widths[1:], strict=False)
+        )
+        self.convs = nn.ModuleList(conv(w, w, groups=w) for w in reversed(widths))
+        self.ups = nn.ModuleList(
+            _up(conv, narrow, wide) for wide, narrow in reversed([*zip(widths, widths[1:])])
+        )
+
+    def recur(self, x: Tensor) -> Tensor:
+        features = [x]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        out = features.pop()
+        for conv, up in zip(self.convs, self.ups, strict=False):
+            out = features.pop() + up(conv(out))
+        return self.convs[-1](out)
+
+
+class SplitRecursiveConv(RecursiveConv):
+    """Each level keeps one half of the channels and hands the other half down."""
+
+    transposed = True
+
+    def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
+        widths = [channels // 2**k for k in range(self.level + 1)]
+        self.downs = nn.ModuleList(conv(w, w, groups=w, stride=2) for w in widths[1:])
+        self.convs = nn.ModuleList(conv(w, w, groups=w) for w in reversed(widths))
+        self.ups = nn.ModuleList(_up(conv, w, w) for w in reversed(widths[1:]))
+
+    def recur(self, x: Tensor) -> Tensor:
+        kept = []
+        for down in self.downs:
+            half, x = x.chunk(2, dim=1)
+            kept.append(half)
+            x = down(x)
+        for conv, up in zip(self.convs, self.ups, strict=False):
+            x = torch.cat((kept.pop(), up(conv(x))), dim=1)
+        return self.convs[-1](x)
+
+
+def _up(conv: partial[nn.Conv2d], in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
+    """Transposed convolution that doubles the size: the kernel is one larger than `conv`'s."""
+    options = conv.keywords | dict(kernel_size=conv.keywords['kernel_size'] + 1)
+    return nn.ConvTranspose2d(in_channels, out_channels, groups=in_channels, stride=2, **options)
+
+
+#: The variants by the name that a custom `arch` gives them.
+RECURSIVE_CONVS: dict[str, type[RecursiveConv]] = {
+    'recursive': SharedRecursiveConv,
+    'recurrent': RecurrentConv,
+    'grouped': GroupedRecursiveConv,
+    'split': SplitRecursiveConv,
+}
