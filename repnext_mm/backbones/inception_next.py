@@ -161,7 +161,7 @@ class InceptionNeXt(PyramidBackbone):
         """
         height, width = x.shape[2:]
         smallest = self.out_strides[-1]
-        if height < smallest or width < smallest:
+        if not torch.jit.is_tracing() and (height < smallest or width < smallest):
             raise ValueError(
                 f'a {height}x{width} image is too small for InceptionNeXt, whose last asked stage '
                 f'has stride {smallest}: pad it to at least {smallest}x{smallest}.'

@@ -161,9 +161,7 @@ def _token_mixer_options(series: str, changes: dict[str, Any]) -> list[dict[str,
     return options
 
 
-def _check_widths(
-    series: str, channels: Sequence[int], mixers: Sequence[dict[str, Any]]
-) -> None:
+def _check_widths(series: str, channels: Sequence[int], mixers: Sequence[dict[str, Any]]) -> None:
     """Attention splits its channels evenly: into heads and halves, in series l after a quarter."""
     for width, options in zip(channels, mixers, strict=True):
         step = {'m': 1, 'a': math.lcm(2, options.get('heads', 1)), 'l': 8}[series]

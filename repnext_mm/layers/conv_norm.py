@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..reparam import folding, kernels
 from ..reparam.plans import Plan
 from .fusible import Fusible, Note
+from .precision import at_least_float32
 
 
 class ConvNorm(nn.Sequential, Fusible):
@@ -38,13 +39,13 @@ class ConvNorm(nn.Sequential, Fusible):
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that this is with frozen statistics.
 
-        Differentiable, in the dtype of the parameters.
+        Differentiable; in at least float32, as a norm computes.
         """
-        norm = self.norm
-        affine = kernels.norm_affine(
-            norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-        )
-        return kernels.fold_output(self.conv.weight, self.conv.bias, *affine)
+        conv, norm = self
+        values = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        affine = kernels.norm_affine(*map(at_least_float32, values), norm.eps)
+        bias = None if conv.bias is None else at_least_float32(conv.bias)
+        return kernels.fold_output(at_least_float32(conv.weight), bias, *affine)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         note('convolution and norm to one convolution')

@@ -17,6 +17,8 @@ EPS = 1e-6
 
 def cheaper_order(pixels: int, key_width: int, value_width: int) -> Order:
     """Which of the two products to form first: 'kv' is linear in pixels, 'qk' quadratic."""
+    if not isinstance(pixels, int):  # traced or exported: the size is open, so stay linear
+        return 'kv'
     kv = 2 * pixels * key_width * value_width
     qk = pixels * pixels * (key_width + value_width)
     return 'kv' if kv <= qk else 'qk'

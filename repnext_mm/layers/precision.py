@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 if it has a narrower type."""
+    return x.float() if x.dtype.itemsize < torch.float32.itemsize else x
+
+
 def run_in_float32(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`function(*inputs)` computed in float32 where autocast or the inputs ask for less.
 
     The result has the dtype of the first input; float32 and float64 inputs are left alone.
     """
     dtype, device = inputs[0].dtype, inputs[0].device.type
-    if dtype.itemsize < torch.float32.itemsize:
-        inputs = tuple(x.float() for x in inputs)
+    inputs = tuple(at_least_float32(x) for x in inputs)
     if not torch.is_autocast_enabled(device):
         return function(*inputs).to(dtype)
     with torch.autocast(device, enabled=False):

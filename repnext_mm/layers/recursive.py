@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -73,7 +74,7 @@ class RecursiveConv(nn.Module):
         """The recursion in the dtype of `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.transposed:
+        if self.transposed and not torch.jit.is_tracing():
             self.check_size(x)
         if torch.is_autocast_enabled(x.device.type):
             return run_in_float32(self.recur, x)
@@ -152,12 +153,11 @@ class GroupedRecursiveConv(RecursiveConv):
     def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
         widths = [channels // 2**k for k in range(self.level + 1)]
         self.downs = nn.ModuleList(
-            conv(wide, narrow, groups=narrow, stride=2)
-            for wide, narrow in zip(widths, widths[1:], strict=False)
+            conv(wide, narrow, groups=narrow, stride=2) for wide, narrow in pairwise(widths)
         )
         self.convs = nn.ModuleList(conv(w, w, groups=w) for w in reversed(widths))
         self.ups = nn.ModuleList(
-            _up(conv, narrow, wide) for wide, narrow in reversed([*zip(widths, widths[1:])])
+            _up(conv, narrow, wide) for wide, narrow in reversed([*pairwise(widths)])
         )
 
     def recur(self, x: Tensor) -> Tensor:

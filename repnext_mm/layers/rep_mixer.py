@@ -31,7 +31,7 @@ class RepMixer(Fusible):
         if self.train_form == 'branches' or batch_statistics:
             return self.lk(x) + self.sk(x) + x
         weight, bias = self.merge(self.lk.folded(), self.sk.folded())
-        return F.conv2d(x, weight, bias, padding=1, groups=self.groups)
+        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1, groups=self.groups)
 
     def merge(
         self, large: tuple[Tensor, Tensor], small: tuple[Tensor, Tensor]
