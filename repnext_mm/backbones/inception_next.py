@@ -8,7 +8,7 @@ this package's other families, and fusion.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from mmengine.registry import MODELS
@@ -53,6 +53,11 @@ class PatchMerging(nn.Sequential, Fusible):
 
 class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible):
     """timm's block: `x + drop_path(gamma * mlp(norm(token_mixer(x))))`, shape-preserving."""
+
+    token_mixer: nn.Module
+    norm: nn.Module
+    mlp: Any
+    gamma: nn.Parameter | None
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan == 'branches':
@@ -151,7 +156,7 @@ class InceptionNeXt(PyramidBackbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast(nn.Parameter, module.bias))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, H // stride_i, W // stride_i)` per asked stage.
@@ -161,7 +166,8 @@ class InceptionNeXt(PyramidBackbone):
         """
         height, width = x.shape[2:]
         smallest = self.out_strides[-1]
-        if not torch.jit.is_tracing() and (height < smallest or width < smallest):
+        # Open sizes, in tracing and export, are no ints.
+        if any(isinstance(side, int) and side < smallest for side in (height, width)):
             raise ValueError(
                 f'a {height}x{width} image is too small for InceptionNeXt, whose last asked stage '
                 f'has stride {smallest}: pad it to at least {smallest}x{smallest}.'

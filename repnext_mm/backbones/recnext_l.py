@@ -55,6 +55,8 @@ class SharedChannels(nn.Module):
 class RepMixerBlock(nn.Module):
     """`x = rep_mixer(x); x + drop_path(channel_mixer(token_mixer(x)))`, shape-preserving."""
 
+    token_mixer: Any
+
     def __init__(
         self,
         channels: int,

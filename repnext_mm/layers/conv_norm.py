@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -41,11 +42,13 @@ class ConvNorm(nn.Sequential, Fusible):
 
         Differentiable; in at least float32, as a norm computes.
         """
-        conv, norm = self
-        values = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        affine = kernels.norm_affine(*map(at_least_float32, values), norm.eps)
-        bias = None if conv.bias is None else at_least_float32(conv.bias)
-        return kernels.fold_output(at_least_float32(conv.weight), bias, *affine)
+        norm, weight = self.norm, at_least_float32(self.conv.weight)
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, var, scale, shift = (at_least_float32(cast(Tensor, t)) for t in statistics)
+        bias = self.conv.bias
+        bias = weight.new_zeros(len(weight)) if bias is None else at_least_float32(bias)
+        affine = kernels.norm_affine(mean, var, scale, shift, norm.eps)
+        return kernels.fold_output(weight, bias, *affine)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         note('convolution and norm to one convolution')

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class RecursiveConv(nn.Module):
             )
         self.level = level
         self.mode = mode
-        options = dict(kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
+        options: dict[str, Any] = dict(kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
         self.build(channels, partial(nn.Conv2d, **options))
 
     @abstractmethod
@@ -74,7 +74,7 @@ class RecursiveConv(nn.Module):
         """The recursion in the dtype of `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.transposed and not torch.jit.is_tracing():
+        if self.transposed:
             self.check_size(x)
         if torch.is_autocast_enabled(x.device.type):
             return run_in_float32(self.recur, x)
@@ -86,7 +86,8 @@ class RecursiveConv(nn.Module):
     def check_size(self, x: Tensor) -> None:
         height, width = x.shape[2:]
         step = 2**self.level
-        if height % step or width % step:
+        # Open sizes, in tracing and export, are no ints.
+        if any(isinstance(side, int) and side % step for side in (height, width)):
             raise ValueError(
                 f'{type(self).__name__} at level {self.level} cannot take a {height}x{width} '
                 f'feature map: both sides must be multiples of {step}. Pad the images, or use '

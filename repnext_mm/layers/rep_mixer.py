@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +20,10 @@ class RepMixer(Fusible):
     While a norm uses batch statistics, the branches must be computed one by one. With frozen
     statistics the 'merged' train form composes their one 3x3 kernel in the forward pass.
     """
+
+    # ConvNorm while training, Conv2d while fusing.
+    lk: Any
+    sk: Any
 
     def __init__(self, channels: int, train_form: TrainForm = 'merged', bias: bool = True) -> None:
         super().__init__()
