@@ -10,7 +10,7 @@ import torch
 
 import repnext_mm
 
-FAMILIES = {'repnext': repnext_mm.RepNeXt}
+FAMILIES = {'repnext': repnext_mm.RepNeXt, 'recnext': repnext_mm.RecNeXt}
 
 
 def fixture_names() -> list[str]:
