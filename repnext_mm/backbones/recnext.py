@@ -17,10 +17,10 @@ from torch import nn
 
 from ..layers.depthwise import TrainForm
 from ..layers.linear_attention import RecursiveAttention
-from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, linear_rates, make_stages
+from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, make_stages
 from ..layers.recursive import RECURSIVE_CONVS, UPSAMPLE_MODES
 from .pyramid import NUM_STAGES, PyramidBackbone
-from .recnext_l import large_block, large_downsample
+from .recnext_l import Design, LargeDesign
 from .repnext import RepNeXt
 
 #: What the token mixers of a series can be told, with the published values; a sequence holds
@@ -30,6 +30,41 @@ TOKEN_MIXERS: dict[str, dict[str, Any]] = {
     'a': dict(heads=(2, 4, 8, 16), kernel_size=5, mode='nearest'),
     'l': dict(share_channel=False),
 }
+
+
+class ConvolutionDesign(Design):
+    """Series m."""
+
+    strides = (4, 8, 16, 32)
+
+    def stem(self) -> nn.Module:
+        return conv_stem(self.channels[0])
+
+    def token_mixer(self, channels: int, type: str, **options: Any) -> nn.Module:
+        return RECURSIVE_CONVS[type](channels, **options)
+
+    def block(self, stage: int, index: int) -> nn.Module:
+        channels = self.channels[stage]
+        mixer = self.token_mixer(channels, **self.token_mixers[stage])
+        # Recursive attention ends in a norm of its own.
+        norm = not isinstance(mixer, RecursiveAttention)
+        return MetaNeXtBlock(channels, mixer, self.mlp_ratios[stage], self.drop_path_rate, norm)
+
+    def downsample(self, stage: int) -> nn.Module:
+        before, after = self.channels[stage - 1 : stage + 1]
+        groups = math.gcd(before, after)
+        conv = nn.Conv2d(before, after, 7, stride=2, padding=3, groups=groups)
+        return Downsample(after, conv, self.mlp_ratios[stage])
+
+
+class AttentionDesign(ConvolutionDesign):
+    """Series a."""
+
+    def token_mixer(self, channels: int, **options: Any) -> nn.Module:  # type: ignore[override]
+        return RecursiveAttention(channels, **options)
+
+
+DESIGNS: dict[str, type[Design]] = {'m': ConvolutionDesign, 'a': AttentionDesign, 'l': LargeDesign}
 
 _T = dict(series='l', channels=(64, 128, 256, 512), depths=(0, 2, 8, 10), mlp_ratio=(2, 2, 2, 1.5))
 _S = _T | dict(channels=(128, 256, 384, 512))
@@ -87,47 +122,18 @@ class RecNeXt(PyramidBackbone):
 
     def build(self, settings: dict[str, Any], drop_path_rate: float, train_form: TrainForm) -> None:
         series, channels, depths = (settings[k] for k in ('series', 'channels', 'depths'))
-        ratios = _per_stage('mlp_ratio', settings['mlp_ratio'])
-        mixers = _token_mixer_options(series, settings['token_mixer'])
-        _check_widths(series, channels, mixers)
-        large = series == 'l'
-        rates = (
-            linear_rates(drop_path_rate, depths)
-            if large
-            else [[drop_path_rate] * depth for depth in depths]
+        if series not in DESIGNS:
+            raise ValueError(f'arch series={series!r} is not one of {", ".join(DESIGNS)}.')
+        mlp_ratios = _per_stage('mlp_ratio', settings['mlp_ratio'])
+        token_mixers = _token_mixer_options(series, settings['token_mixer'])
+        _check_widths(series, channels, token_mixers)
+        design = DESIGNS[series](
+            channels, depths, mlp_ratios, token_mixers, drop_path_rate, train_form
         )
-
-        def block(i: int, j: int) -> nn.Module:
-            if large:
-                options = dict(
-                    mlp_ratio=ratios[i], drop_path_rate=rates[i][j], train_form=train_form
-                )
-                return large_block(i, j, channels[i], **mixers[i], **options)
-            mixer = (RecursiveAttention if series == 'a' else _recursive_conv)(
-                channels[i], **mixers[i]
-            )
-            # Recursive attention ends in a norm.
-            return MetaNeXtBlock(channels[i], mixer, ratios[i], rates[i][j], norm=series == 'm')
-
-        def downsample(i: int) -> nn.Module:
-            widths = channels[i - 1], channels[i]
-            if large:
-                return large_downsample(*widths, ratios[i], rates[i][0] if rates[i] else 0.0)
-            conv = nn.Conv2d(*widths, 7, stride=2, padding=3, groups=math.gcd(*widths))
-            return Downsample(channels[i], conv, ratios[i])
-
+        self.strides = design.strides
         self.stem = nn.Sequential()
-        if large:
-            self.strides = (8, 16, 32, 64)
-            stem = conv_stem(channels[0], 3, bias=True, final_activation=depths[0] == 0)
-        else:
-            stem = conv_stem(channels[0])
-        self.stem.add_module('stem', stem)
-        self.stages = make_stages(depths, block, downsample)
-
-
-def _recursive_conv(channels: int, type: str, **options: Any) -> nn.Module:
-    return RECURSIVE_CONVS[type](channels, **options)
+        self.stem.add_module('stem', design.stem())
+        self.stages = make_stages(depths, design.block, design.downsample)
 
 
 def _per_stage(key: str, value: Any) -> list[Any]:
@@ -141,8 +147,6 @@ def _per_stage(key: str, value: Any) -> list[Any]:
 
 def _token_mixer_options(series: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
     """The keyword arguments of each stage's token mixers."""
-    if series not in TOKEN_MIXERS:
-        raise ValueError(f'arch series={series!r} is not one of {", ".join(TOKEN_MIXERS)}.')
     defaults = TOKEN_MIXERS[series]
     unknown = sorted(set(changes) - set(defaults))
     if unknown:

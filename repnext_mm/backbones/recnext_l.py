@@ -1,4 +1,4 @@
-"""The parts of RecNeXt T, S and B ("series L"), whose macro design follows LSNet.
+"""RecNeXt T, S and B ("series l"), whose macro design follows LSNet.
 
 Most channels skip the attention; a reparameterizable depthwise convolution comes first in each
 block. Every convolution has a bias, although a norm follows it.
@@ -7,7 +7,11 @@ block. Every convolution has a bias, although a norm follows it.
 from __future__ import annotations
 
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 from ..layers.conv_norm import ConvNorm
 from ..layers.depthwise import TrainForm
 from ..layers.linear_attention import LinearAttention, RecursiveAttention
-from ..layers.metanext import Downsample, channel_mixer, drop_path
+from ..layers.metanext import Downsample, channel_mixer, conv_stem, drop_path, linear_rates
 from ..layers.rep_mixer import RepMixer
 
 #: Only every `SPLIT`-th channel is attended to; one shared block reuses as many others.
@@ -85,23 +89,62 @@ class SharingBlock(RepMixerBlock):
         return x + self.drop_path(self.channel_mixer(mixed)), *kept
 
 
-def large_block(
-    stage: int, index: int, channels: int, share_channel: bool, **options: Any
-) -> RepMixerBlock:
-    """Block `index` of a `stage`; `options` are the remaining arguments of `RepMixerBlock`."""
-    recursive = stage < (2 if share_channel else 3)
-    if not (share_channel and stage == 3):
-        return RepMixerBlock(channels, PartialAttention(channels, recursive), **options)
-    # Four blocks attend to C / 4 channels each, the fifth reuses these C channels.
-    reuses = (index + 1) % (SPLIT + 1) == 0
-    mixer = SharedChannels() if reuses else PartialAttention(channels, recursive)
-    return SharingBlock(channels, mixer, **options)
+@dataclass
+class Design(ABC):
+    """What tells the series of RecNeXt apart; per-stage values have one entry per stage."""
+
+    strides: ClassVar[tuple[int, ...]]
+
+    channels: Sequence[int]
+    depths: Sequence[int]
+    mlp_ratios: Sequence[float]
+    token_mixers: Sequence[dict[str, Any]]
+    drop_path_rate: float
+    train_form: TrainForm
+
+    @abstractmethod
+    def stem(self) -> nn.Module:
+        """`(N, 3, H, W) -> (N, channels[0], H / strides[0], W / strides[0])`, rounded up."""
+
+    @abstractmethod
+    def block(self, stage: int, index: int) -> nn.Module:
+        """Block `index` of a stage, shape-preserving."""
+
+    @abstractmethod
+    def downsample(self, stage: int) -> nn.Module:
+        """What leads from the stage before to this one, halving the resolution."""
 
 
-def large_downsample(
-    in_channels: int, out_channels: int, mlp_ratio: float, drop_path_rate: float
-) -> Downsample:
-    """`(N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2)`, rounded up."""
-    groups = math.gcd(in_channels, out_channels)
-    mixer = ConvNorm(in_channels, out_channels, 5, stride=2, padding=2, groups=groups, bias=True)
-    return Downsample(out_channels, mixer, mlp_ratio, drop_path_rate, norm=False, bias=True)
+class LargeDesign(Design):
+    """Series l."""
+
+    strides = (8, 16, 32, 64)
+
+    @cached_property
+    def rates(self) -> list[list[float]]:
+        """Drop path rate of every block."""
+        return linear_rates(self.drop_path_rate, self.depths)
+
+    def stem(self) -> nn.Module:
+        return conv_stem(self.channels[0], 3, bias=True, final_activation=self.depths[0] == 0)
+
+    def block(self, stage: int, index: int) -> nn.Module:
+        channels, share = self.channels[stage], self.token_mixers[stage]['share_channel']
+        sharing = share and stage == 3
+        mixer: nn.Module
+        # Four blocks attend to C / 4 channels each, the fifth reuses these C channels.
+        if sharing and (index + 1) % (SPLIT + 1) == 0:
+            mixer = SharedChannels()
+        else:
+            mixer = PartialAttention(channels, recursive=stage < (2 if share else 3))
+        block = SharingBlock if sharing else RepMixerBlock
+        ratio, rate = self.mlp_ratios[stage], self.rates[stage][index]
+        return block(channels, mixer, ratio, rate, self.train_form)
+
+    def downsample(self, stage: int) -> nn.Module:
+        before, after = self.channels[stage - 1 : stage + 1]
+        mixer = ConvNorm(
+            before, after, 5, stride=2, padding=2, groups=math.gcd(before, after), bias=True
+        )
+        rate = self.rates[stage][0] if self.rates[stage] else 0.0
+        return Downsample(after, mixer, self.mlp_ratios[stage], rate, norm=False, bias=True)
