@@ -181,7 +181,7 @@ def _test(args: argparse.Namespace) -> None:
                 f'{args.config} does not have; take them from configs/_base_/'
                 f'{cfg.get("default_scope")}_runtime.py.'
             )
-        cfg.default_hooks.visualization.draw = True
+        cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
     _prepare(cfg, args, ('test',))
 
