@@ -18,6 +18,7 @@ _base_ = [{base!r}]
 model = dict(
     # SyncBN, which has no CPU form, and statistics that do not depend on a process's share.
     backbone=dict(norm_cfg=dict(type='SyncBN'), norm_eval=True),
+    neck=dict(norm_cfg=None),
     decode_head=dict(norm_cfg=None, dropout_ratio=0.0),
 )
 train_dataloader = dict(sampler=dict(shuffle=False))
