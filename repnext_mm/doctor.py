@@ -251,7 +251,7 @@ def managed_by_make() -> str:
 def mend(what: str, torch_version: str = '') -> str:
     """The command that mends one thing, for this Python and its stack."""
     if make := managed_by_make():
-        return make
+        return f'{make} PYTHON=python3.11' if what == 'python' else make
     pip = f'{shlex.quote(sys.executable)} -m pip'
     stack, foreign = detect_stack()
     specs = {**TORCH, **STACKS[stack]}

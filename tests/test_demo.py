@@ -64,7 +64,14 @@ def test_the_quick_demo(
 def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, str(REPO / 'tools/demo.py'), '--data-root', 'data/s']
     demo = subprocess.Popen(
-        command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As in a terminal: a shell's background jobs, and so this test in one, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         # While the images are drawn: a scratch folder beside the data set is there.

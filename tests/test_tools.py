@@ -110,7 +110,7 @@ def test_learning_rate_follows_the_batch_on_request(shapes: Path, tmp_path: Path
         'train.py', CONFIGS['det'], '--auto-scale-lr', *settings, cwd=tmp_path
     )
     assert 'learning rate is that for' not in scaled
-    rates = [float(re.search(r'  lr: (\S+)', text)[1]) for text in (output, scaled)]
+    rates = [float(re.search(r'\blr: (\S+)', text)[1]) for text in (output, scaled)]
     assert rates[1] == pytest.approx(rates[0] * 4 / 16, rel=1e-3)
 
 
