@@ -13,6 +13,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < torch.float32.itemsize else x
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; never on the meta device, of which torch refuses to say."""
+    return device != 'meta' and torch.is_autocast_enabled(device)
+
+
 def run_in_float32(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`function(*inputs)` computed in float32 where autocast or the inputs ask for less.
 
@@ -20,7 +25,7 @@ def run_in_float32(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     dtype, device = inputs[0].dtype, inputs[0].device.type
     inputs = tuple(at_least_float32(x) for x in inputs)
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return function(*inputs).to(dtype)
     with torch.autocast(device, enabled=False):
         return function(*inputs).to(dtype)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import run_in_float32
+from .precision import autocasts, run_in_float32
 
 UpsampleMode = Literal['nearest', 'bilinear']
 UPSAMPLE_MODES: tuple[UpsampleMode, ...] = get_args(UpsampleMode)
@@ -76,7 +76,7 @@ class RecursiveConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.transposed:
             self.check_size(x)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x.device.type):
             return run_in_float32(self.recur, x)
         return self.recur(x)
 
