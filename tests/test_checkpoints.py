@@ -32,14 +32,12 @@ from conftest import REPO, randomise
 from mmengine.logging import HistoryBuffer, MMLogger
 from torch import Tensor, nn
 
-from repnext_mm import RepNeXt, reparameterize
+from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt, reparameterize
 from repnext_mm.checkpoints import (
     PUBLISHED,
     CheckpointError,
     ensure_safe,
-    fetching,
     load_pretrained,
-    loading,
     local_path,
     read_weights,
 )
@@ -87,7 +85,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def refuse(
-    checkpoint: object, *fragments: str, model: RepNeXt | None = None, **kwargs: object
+    checkpoint: object, *fragments: str, model: nn.Module | None = None, **kwargs: object
 ) -> str:
     """Loading fails with one sentence that holds all fragments, and leaves the model alone."""
     model = RepNeXt('m0') if model is None else model
@@ -317,13 +315,25 @@ def test_file_without_batch_counters_loads(tmp_path: Path) -> None:
     assert_holds(model, model.state_dict() | state)
 
 
-@pytest.mark.parametrize('arch', ['m0', 'm0e'])
-def test_published_key_lists_load(arch: str, parity_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'name',
+    [
+        'repnext_m0',
+        'repnext_m0e',
+        'recnext_m0',
+        'recnext_a0',
+        'recnext_t',
+        'recnext_t_share_channel',
+    ],
+)
+def test_published_key_lists_load(name: str, parity_dir: Path, tmp_path: Path) -> None:
     """Files with exactly the published names, classifier included."""
-    fixture = json.loads((parity_dir / f'repnext_{arch}.json').read_text())
+    fixture = json.loads((parity_dir / f'{name}.json').read_text())
     shapes = fixture['state_dict'] | fixture['classifier_keys']
     torch.save({'model': {k: torch.ones(shape) for k, shape in shapes.items()}}, tmp_path / 'a.pth')
-    report = load_pretrained(RepNeXt(arch), tmp_path / 'a.pth')
+    family, arch = name.split('_', 1)
+    model = dict(repnext=RepNeXt, recnext=RecNeXt)[family](arch)
+    report = load_pretrained(model, tmp_path / 'a.pth')
     assert report.complete
     assert len(report.match.matched) == len(fixture['state_dict'])
     assert report.match.ignored == {'head': len(fixture['classifier_keys'])}
@@ -356,13 +366,19 @@ def test_init_cfg_allows_partial(tmp_path: Path) -> None:
 
 
 def upstream_fused_keys(training: list[str]) -> set[str]:
-    """Names after the published fuse(): branches merged, each conv + norm pair one convolution.
+    """Names after the published fuse(): branches merged, each conv + norm pair one convolution,
+    RecNeXt's two convolutions and identity one too.
 
     Norms of their own stay; the strip pair of conv_l stays.
     """
     merged = set()
     for key in training:
         key = re.sub(r'\.(conv_s|conv_m)\.conv_\w+\.', r'.\1.', key)
+        if '.rep_mixer.' in key:
+            merged |= {
+                re.sub(r'(\.rep_mixer)\..*', rf'\1.{kind}', key) for kind in ('weight', 'bias')
+            }
+            continue
         key = re.sub(r'\.conv\.(weight|bias)$', r'.\1', key)
         paired = re.sub(r'\.norm\.\w+$', '.conv.weight', key) in training
         if key.endswith('.num_batches_tracked') and paired:
@@ -861,16 +877,35 @@ def release(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         save(tmp_path / row.filename)
         server.files[f'/v1.0/{row.filename}'] = (tmp_path / row.filename).read_bytes()
         url = server.url(f'/v1.0/{row.filename}')
-        for module in (fetching, loading):
-            monkeypatch.setitem(module.PUBLISHED, name, replace(row, url=url))
+        monkeypatch.setitem(PUBLISHED, name, replace(row, url=url))
     return server
 
 
 def test_published_names() -> None:
-    """The names and addresses that the project's README links."""
-    base = 'https://github.com/suous/RepNeXt/releases/download/v1.0/'
-    assert PUBLISHED['repnext_m4_distill_300e'].url == f'{base}repnext_m4_distill_300e.pth'
+    """The names and addresses that the projects' READMEs link, and timm's table."""
+    github = 'https://github.com/suous/{}/releases/download/{}'
+    hub = 'https://huggingface.co/{}/resolve/main/model.safetensors'
+    urls = {
+        'repnext_m4_distill_300e': github.format('RepNeXt', 'v1.0/repnext_m4_distill_300e.pth'),
+        'recnext_m1_without_distill_300e_fused': github.format(
+            'RecNeXt', 'v1.0/recnext_m1_without_distill_300e_fused.pt'
+        ),
+        'recnext_s_share_channel_distill_300e': github.format(
+            'RecNeXt', 'v2.0/recnext_s_share_channel_distill_300e.pth'
+        ),
+        'recnext_m5_ade20k': github.format('RecNeXt', 'v1.0/recnext_m5_ade20k.pth'),
+        'recnext_a3_coco': github.format('RecNeXt', 'v2.0/recnext_a3_coco.pth'),
+        'recnext_a0.dist_300e_in1k': hub.format('suous/recnext_a0.dist_300e_in1k'),
+        'recnext_b_share_channel.base_300e_in1k': hub.format(
+            'suous/recnext_b_share_channel.base_300e_in1k'
+        ),
+        'inception_next_tiny.sail_in1k': hub.format('timm/inception_next_tiny.sail_in1k'),
+        'inception_next_base.sail_in1k_384': hub.format('timm/inception_next_base.sail_in1k_384'),
+    }
+    for name, url in urls.items():
+        assert PUBLISHED[name].url == url
     assert PUBLISHED['repnext_m5_distill_300e_fused'].plan == 'branches'
+    assert PUBLISHED['recnext_t_distill_300e_fused'].plan == 'branches'
     names = {row.filename for row in PUBLISHED.values()}
     assert {
         'repnext_m0_distill_300e_fused.pt',
@@ -878,11 +913,24 @@ def test_published_names() -> None:
         'repnext_m1_sz224_4xbs256_ep300_distill.pth.tar',
         'repnext_m3_coco.pth',
         'repnext_m5_ade20k.pth',
+        'recnext_a0.dist_300e_in1k.safetensors',
     } <= names
-    assert len(names) == len(PUBLISHED) == 6 + 6 + 3 + 3 + 3 + 3
+    repnext = 6 + 6 + 3 + 3 + 3 + 3
+    # 18 variants with and without distillation: trained, fused, on the hub; then 6 for each task.
+    recnext = 18 * 2 * 3 + 2 * 6
+    assert len(names) == len({row.url for row in PUBLISHED.values()}) == len(PUBLISHED)
+    assert len(PUBLISHED) == repnext + recnext + 5
+    families = {f.__name__: f for f in (RepNeXt, RecNeXt, InceptionNeXt)}
     for name, row in PUBLISHED.items():
-        assert row.arch in RepNeXt.arch_zoo
-        assert name == row.filename.partition('.')[0]
+        assert row.arch in families[row.family].arch_zoo
+        assert f'next_{row.arch}' in name
+
+
+def test_timm_publishes_what_is_listed_of_it() -> None:
+    import timm
+
+    theirs = set(timm.list_pretrained('inception_next*'))
+    assert theirs == {n for n, row in PUBLISHED.items() if row.family == 'InceptionNeXt'}
 
 
 @pytest.mark.parametrize(
@@ -919,10 +967,11 @@ def test_published_name_of_another_arch_is_not_even_downloaded(release: Server) 
     assert release.asked == []
 
 
-def test_unknown_name_gets_the_closest_and_all() -> None:
-    text = refuse('repnext_m4_distil_300', "did you mean 'repnext_m4_distill_300e'")
-    assert all(name in text for name in PUBLISHED)
+def test_unknown_name_gets_the_closest_and_its_siblings() -> None:
+    text = refuse('repnext_m4_distil_300', "did you mean 'repnext_m4_distill_300e'", '--list')
+    assert all(name in text for name in PUBLISHED if name.startswith('repnext_m4_'))
     refuse('repnext-m4', "did you mean 'repnext_m4")
+    refuse('recnext_a3.dist_300e', "did you mean 'recnext_a3.dist_300e_in1k'")
 
 
 def test_path_that_looks_published_says_so(tmp_path: Path) -> None:
@@ -1055,6 +1104,15 @@ def test_command_says_what_a_file_holds(tmp_path: Path) -> None:
     assert "under 'backbone.'" in done.stdout
 
 
+def test_command_lists_the_published_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['--list']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PUBLISHED)
+    assert all(row.url in line for line, row in zip(lines, PUBLISHED.values(), strict=True))
+    with pytest.raises(SystemExit, match='2'):
+        main([])
+
+
 def test_command_fails_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['repnext_m9']) == 1
     out, err = capsys.readouterr()
@@ -1067,3 +1125,144 @@ def test_command_on_a_strange_file(tmp_path: Path, capsys: pytest.CaptureFixture
     torch.save({'conv1.weight': torch.zeros(2)}, tmp_path / 'a.pth')
     assert main([str(tmp_path / 'a.pth')]) == 0
     assert 'fits no backbone of this package' in capsys.readouterr().out
+
+
+# --- the other families ------------------------------------------------------------------------
+
+SMALL = dict(channels=(8, 16, 32, 64), depths=(1, 1, 1, 1))
+LARGE = SMALL | dict(series='l', depths=(0, 1, 1, 5))
+NETWORKS = {
+    'm': functools.partial(RecNeXt, SMALL | dict(series='m')),
+    'a': functools.partial(RecNeXt, SMALL | dict(series='a')),
+    'l': functools.partial(RecNeXt, LARGE),
+    'l, shared channels': functools.partial(
+        RecNeXt, LARGE | dict(token_mixer=dict(share_channel=True))
+    ),
+    'InceptionNeXt': functools.partial(InceptionNeXt, SMALL),
+}
+
+
+def timm_head(width: int = 64) -> State:
+    """Heads of InceptionNeXt's classifier in timm."""
+    head = nn.Module()
+    head.fc1, head.norm, head.fc2 = nn.Linear(width, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+    return {f'head.{k}': v.detach() for k, v in head.state_dict().items()}
+
+
+def save_hub(path: Path, state: State) -> Path:
+    """As timm pushes a model to the hub."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={'format': 'pt'})
+    return path
+
+
+@pytest.mark.parametrize('kind', ['release', 'MMDetection 2.28', 'hub'])
+@pytest.mark.parametrize('network', NETWORKS.values(), ids=NETWORKS)
+def test_every_family_loads_every_kind(
+    network: Callable[..., nn.Module], kind: str, tmp_path: Path
+) -> None:
+    state = dict(randomise(network()).state_dict())
+    head = timm_head() if network.func is InceptionNeXt else classifier(64)  # type: ignore[attr-defined]
+    path = tmp_path / 'weights'
+    if kind == 'release':
+        torch.save({'model': state | head}, path)
+    elif kind == 'hub':
+        save_hub(path, state | head)
+    else:
+        heads = {'neck.lateral_convs.0.conv.weight': torch.ones(4, 4, 1, 1)}
+        meta = dict(mmdet_version='2.28.2', iter=np.int64(87960))
+        torch.save(
+            dict(meta=meta, state_dict=under('backbone.', state) | heads, optimizer=dict()), path
+        )
+    model = network()
+    report = load_pretrained(model, path)
+    assert_holds(model, state)
+    assert report.complete
+    assert report.match.ratio == 1
+    expected = {'neck': 1} if kind == 'MMDetection 2.28' else {'head': len(head)}
+    assert report.match.ignored == expected
+
+
+@pytest.mark.parametrize('name', [name for name in NETWORKS if name != 'InceptionNeXt'])
+def test_fused_archives_of_recnext_load(name: str, tmp_path: Path) -> None:
+    network = NETWORKS[name]
+    trained = randomise(network()).eval()
+    branches = dict(reparameterize(trained, 'branches').state_dict())
+    assert set(branches) == upstream_fused_keys(list(trained.state_dict()))
+    head = {'head.weight': torch.zeros(5, 64), 'head.bias': torch.zeros(5)}
+    path = save_torchscript(tmp_path / 'fused.pt', branches | head)
+
+    model = network(deploy='branches').eval()
+    report = load_pretrained(model, path)
+    assert_holds(model, branches)
+    assert report.complete
+    fused = network(deploy=True).eval()
+    assert 'fused on loading' in str(load_pretrained(fused, path))
+    image = torch.randn(1, 3, 64, 64)
+    for actual, expected in zip(fused(image), trained(image), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The server stands in for the Hugging Face hub."""
+    monkeypatch.setenv('HF_ENDPOINT', server.url('/'))
+    return server
+
+
+def test_hub_names(hub: Server, cache: Path, tmp_path: Path) -> None:
+    state = dict(randomise(RecNeXt('m0')).state_dict())
+    path = save_hub(tmp_path / 'a', state | classifier())
+    address = '/suous/recnext_m0.dist_300e_in1k/resolve/main/model.safetensors'
+    hub.files[address] = path.read_bytes()
+    name = 'recnext_m0.dist_300e_in1k'
+    for spelt in (name, f'suous/{name}', f'hf-hub:suous/{name}', f'hf_hub:suous/{name}'):
+        model = RecNeXt('m0')
+        load_pretrained(model, spelt)
+        assert_holds(model, state)
+    assert hub.asked == [address]
+    assert cached(cache) == [f'{name}.safetensors']
+    refuse(f'timm/{name}', 'there is no file', model=RecNeXt('m0'))
+    refuse(name, "holds RecNeXt(arch='m0')", 'recnext_a0.dist_300e_in1k', model=RecNeXt('a0'))
+    refuse('recnext_m0.base_300e_in1k', '404', hub.url('/suous/'), model=RecNeXt('m0'))
+
+
+def test_weights_of_timm_give_the_features_of_timm(
+    hub: Server, cache: Path, tmp_path: Path
+) -> None:
+    import timm
+
+    theirs = randomise(timm.create_model('inception_next_atto', num_classes=5)).eval()
+    path = save_hub(tmp_path / 'a', dict(theirs.state_dict()))
+    address = '/timm/inception_next_atto.sail_in1k/resolve/main/model.safetensors'
+    hub.files[address] = path.read_bytes()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(image, intermediates_only=True)
+    for name in ('inception_next_atto.sail_in1k', 'inception_next_atto'):
+        model = InceptionNeXt('atto', init_cfg=dict(type='Pretrained', checkpoint=name))
+        model.init_weights()
+        with torch.no_grad():
+            for ours, other in zip(model.eval()(image), expected, strict=True):
+                torch.testing.assert_close(ours, other)
+    assert hub.asked == [address]
+
+
+@pytest.mark.parametrize(
+    'holder, asked, told',
+    [
+        ((RecNeXt, 'm0'), (RepNeXt, 'm0'), "RecNeXt(arch='m0')"),
+        ((RecNeXt, 'a0'), (RecNeXt, 'm0'), "RecNeXt(arch='a0')"),
+        ((RecNeXt, 's_share_channel'), (RecNeXt, 's'), "RecNeXt(arch='s_share_channel')"),
+        ((InceptionNeXt, 'atto'), (RepNeXt, 'm0'), "InceptionNeXt(arch='atto')"),
+    ],
+    ids=['RecNeXt for RepNeXt', 'A for M', 'shared channels', 'InceptionNeXt for RepNeXt'],
+)
+def test_the_right_family_and_arch_are_named(
+    holder: tuple, asked: tuple, told: str, tmp_path: Path
+) -> None:
+    family, arch = holder
+    torch.save(family(arch).state_dict(), tmp_path / 'a.pth')
+    family, arch = asked
+    assert refuse(tmp_path / 'a.pth', model=family(arch)).endswith(f'it fits {told}.')

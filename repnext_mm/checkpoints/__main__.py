@@ -8,6 +8,7 @@ import sys
 from .errors import CheckpointError
 from .fetching import local_path
 from .matching import find_fit
+from .published import PUBLISHED
 from .reading import read_weights
 
 
@@ -16,9 +17,18 @@ def main(argv: list[str] | None = None) -> int:
         prog='python -m repnext_mm.checkpoints',
         description='Say what a weight file holds and which backbone it fits; nothing in it runs.',
     )
-    parser.add_argument('checkpoint', help='published name, URL or path')
+    parser.add_argument('checkpoint', nargs='?', help='published name, URL or path')
+    parser.add_argument('--list', action='store_true', help='list the published names')
     parser.add_argument('--prefix', help="where the backbone's keys begin (default: found)")
     args = parser.parse_args(argv)
+    if args.list:
+        for row in PUBLISHED.values():
+            print(
+                f'{row.name}  {row.family}({row.arch!r}), {row.plan or "training form"}, {row.url}'
+            )
+        return 0
+    if args.checkpoint is None:
+        parser.error('give a checkpoint, or --list')
     try:
         weights = read_weights(local_path(args.checkpoint), args.checkpoint)
         shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from .errors import CheckpointError
-from .published import PUBLISHED
+from .published import HUB, PUBLISHED, find_published, names_for, strip_suffix
 from .reading import check_crc, read_weights
 
 
@@ -25,14 +25,16 @@ def local_path(checkpoint: str | os.PathLike[str]) -> Path:
     """The file that `checkpoint` names, downloaded if need be.
 
     Downloads are kept in torch.hub's folder (`TORCH_HOME` moves it), under the file's own name
-    if it is a published one, else with a hash of the URL before it.
+    if it is a published one, else with a hash of the URL before it. `HF_ENDPOINT` names a mirror
+    of the Hugging Face hub, as for its own library.
 
     Raises:
         CheckpointError: There is no such name or file, or it could not be fetched whole.
     """
     text = str(checkpoint)
-    if text in PUBLISHED:
-        return _download(PUBLISHED[text].url, PUBLISHED[text].filename)
+    published = find_published(text)
+    if published:
+        return _download(published.url, published.filename)
     scheme = re.match(r'([a-z][a-z0-9+.-]+)://', text, re.IGNORECASE)
     if scheme:
         url = urlsplit(text)
@@ -54,14 +56,17 @@ def local_path(checkpoint: str | os.PathLike[str]) -> Path:
 def _not_found(text: str, path: Path) -> str:
     if path.is_dir():
         return f'checkpoint={text!r} is a folder; give a weight file in it.'
-    name = re.sub(r'(\.(pth|pt|tar|safetensors))+$', '', path.name)
-    if path.suffix or len(path.parts) > 1:
+    name = strip_suffix(path.name)
+    if name != path.name or len(path.parts) > 1:
         hint = f'; checkpoint={name!r} downloads it' if name in PUBLISHED else ''
         return f'there is no file {str(path.absolute())!r}{hint}.'
     close = difflib.get_close_matches(text.lower(), PUBLISHED, 1, cutoff=0)
+    likely = PUBLISHED[close[0]]
     return (
-        f'checkpoint={text!r} is neither a published name nor a file; did you mean {close[0]!r}? '
-        f'Published names: {", ".join(PUBLISHED)}.'
+        f'checkpoint={text!r} is neither a published name nor a file; '
+        f'did you mean {likely.name!r}? '
+        f'{likely.family} {likely.arch} has {", ".join(names_for(likely.family, likely.arch))}; '
+        '"python -m repnext_mm.checkpoints --list" lists all.'
     )
 
 
@@ -69,6 +74,8 @@ def _download(url: str, filename: str) -> Path:
     """The cached copy of `url`; fetched, read once in full, and only then put in place."""
     folder = Path(torch.hub.get_dir(), 'checkpoints')
     target = folder / filename
+    if url.startswith(f'{HUB}/'):
+        url = os.environ.get('HF_ENDPOINT', HUB).rstrip('/') + url.removeprefix(HUB)
     if target.exists():
         return target
     try:

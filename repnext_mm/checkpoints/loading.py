@@ -16,7 +16,7 @@ from ..reparam.plans import INEXACT, PLANS, Plan
 from .errors import CheckpointError
 from .fetching import local_path
 from .matching import Match, describe, find_fit, match_keys, network_shapes
-from .published import PUBLISHED, Published
+from .published import Published, find_published, names_for
 from .reading import Weights, file_kind, read_checkpoint, read_weights
 
 
@@ -86,8 +86,9 @@ def load_pretrained(
             'such as detector.backbone.'
         )
     source = str(checkpoint)
-    if source in PUBLISHED and not allow_partial:
-        _check_published(model, PUBLISHED[source])
+    published = find_published(source)
+    if published and not allow_partial:
+        _check_published(model, published)
     weights = read_weights(local_path(checkpoint), source)
     plan, match = _choose_form(model, weights, prefix, allow_partial)
     tensors = {name: weights.tensors[match.prefix + name] for name in match.matched}
@@ -187,12 +188,7 @@ def _check_published(model: PyramidBackbone, published: Published) -> None:
     fused = published.plan is not None and model.plan is None
     if model.arch in model.arch_zoo and (wrong_arch or fused):
         deploy = f', deploy={published.plan!r}' if fused else ''
-        rivals = [
-            p.name
-            for p in PUBLISHED.values()
-            if (p.family, p.arch) == (type(model).__name__, model.arch)
-            and (p.plan is None or model.plan is not None)
-        ]
+        rivals = names_for(type(model).__name__, model.arch, fused=model.plan is not None)
         instead = f'; for {_describe_model(model)} there are {", ".join(rivals)}' if rivals else ''
         raise CheckpointError(
             f'{published.name!r} holds {published.family}(arch={published.arch!r}{deploy}), which '
