@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPO
+from mm_models import SAMPLE, build, sample_batch, sample_data, train_and_predict
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.registry import DefaultScope
 
 from repnext_mm.backbones.pyramid import PyramidBackbone
+from repnext_mm.complexity import count_macs, count_parameters
 from repnext_mm.engine.amp import keep_float32_where_needed
 
 CONFIGS = sorted((REPO / 'configs').glob('*.py'))
-SMALL = ('mask_rcnn_repnext_m0_coco', 'semantic_fpn_repnext_m2_ade20k')
-LARGE = ('mask_rcnn_repnext_m5_coco', 'semantic_fpn_repnext_m4_ade20k')
-SIZE = 96
-
-
-def build(path: Path) -> tuple[Config, Any]:
-    """The config and its model, without weights."""
-    cfg = Config.fromfile(path)
-    framework = import_module(f'{cfg.default_scope}.utils')
-    framework.register_all_modules(init_default_scope=False)
-    cfg.model.backbone.init_cfg = None
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return cfg, MODELS.build(cfg.model)
+EXPECTED = {
+    'mask_rcnn_repnext_{}_coco': ['m0', 'm1', 'm2', 'm3', 'm4', 'm5'],
+    'semantic_fpn_repnext_{}_ade20k': ['m0', 'm1', 'm2', 'm3', 'm4', 'm5'],
+    'mask_rcnn_recnext_{}_coco': ['m3', 'm4', 'm5', 'a3', 'a4', 'a5', 't', 's', 'b'],
+    'semantic_fpn_recnext_{}_ade20k': ['m3', 'm4', 'm5', 'a3', 'a4', 'a5'],
+    'mask_rcnn_inception_next_{}_coco': ['tiny'],
+    'semantic_fpn_inception_next_{}_ade20k': ['tiny', 'small', 'base'],
+    'upernet_inception_next_{}_ade20k': ['tiny', 'small', 'base'],
+}
 
 
 def nodes(node: Any, key: str) -> Iterator[Any]:
@@ -46,34 +42,48 @@ def nodes(node: Any, key: str) -> Iterator[Any]:
             yield from nodes(value, key)
 
 
-def test_there_is_a_config_for_each_size() -> None:
-    names = {path.stem for path in CONFIGS}
-    for size in range(6):
-        assert f'mask_rcnn_repnext_m{size}_coco' in names
-        assert f'semantic_fpn_repnext_m{size}_ade20k' in names
+def test_there_is_a_config_for_each_model() -> None:
+    names = {path.stem for path in CONFIGS if not path.stem.endswith('_shapes')}
+    assert names == {name.format(arch) for name, archs in EXPECTED.items() for arch in archs}
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_config_agrees_with_its_backbone(path: Path) -> None:
-    cfg, model = build(path)
+    with torch.device('meta'):
+        cfg = Config.fromfile(path)
+        model = build(cfg)
     backbone = model.backbone
     assert isinstance(backbone, PyramidBackbone)
-    assert tuple(cfg.model.neck.in_channels) == backbone.out_channels
+    channels, strides = backbone.out_channels, backbone.out_strides
+    neck = cfg.model.get('neck')
+    if neck:
+        assert tuple(neck.in_channels) == channels
+        channels = (neck.out_channels,) * neck.num_outs
+        for width in nodes(cfg.model, 'out_channels'):
+            assert width == neck.out_channels
+    for name in ('decode_head', 'auxiliary_head'):
+        head = cfg.model.get(name)
+        if head and isinstance(head.in_index, int):
+            assert head.in_channels == channels[head.in_index]
+        elif head:
+            assert tuple(head.in_channels) == tuple(channels[i] for i in head.in_index)
 
-    strides = backbone.out_strides
     for used in (*nodes(cfg.model, 'featmap_strides'), *nodes(cfg.model, 'feature_strides')):
         assert tuple(used) == strides
-    levels = cfg.model.neck.num_outs
     for generator in nodes(cfg.model, 'anchor_generator'):
         # FPN's levels beyond the backbone's each halve the one before.
-        expected = tuple(strides) + tuple(
-            strides[-1] * 2**extra for extra in range(1, levels - len(strides) + 1)
-        )
-        assert tuple(generator.strides) == expected
+        extra = range(1, neck.num_outs - len(strides) + 1)
+        assert tuple(generator.strides) == (*strides, *(strides[-1] * 2**k for k in extra))
+    for divisor in nodes(cfg.model, 'pad_size_divisor'):
+        assert divisor % strides[-1] == 0
+    if path.stem.endswith('_coco'):
+        # Anchors from 32 pixels, RoIs of 14 cells and more, whatever the finest stride is.
+        (generator,) = nodes(cfg.model, 'anchor_generator')
+        assert [scale * strides[0] for scale in generator.scales] == [32]
+        for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
+            assert extractor.finest_scale == 14 * strides[0]
 
-    for width in nodes(cfg.model, 'out_channels'):
-        assert width == cfg.model.neck.out_channels
     classes = (cfg.train_dataloader.dataset.get('metainfo') or {}).get('classes')
     if classes is not None:
         assert {*nodes(cfg.model, 'num_classes')} == {len(classes)}
@@ -84,96 +94,101 @@ def test_config_is_small_and_loads_published_weights_by_name(path: Path) -> None
     from repnext_mm.checkpoints import PUBLISHED
 
     cfg = Config.fromfile(path)
+    backbone = cfg.model.backbone
     if 'shapes' in path.stem:
-        assert cfg.model.backbone.get('init_cfg') is None  # from scratch
+        assert backbone.get('init_cfg') is None  # from scratch
         return
     assert len(path.read_text().splitlines()) <= 15
-    name = cfg.model.backbone.init_cfg.checkpoint
-    assert name in PUBLISHED
-    assert f'_{cfg.model.backbone.arch}_' in name
+    weights = PUBLISHED[backbone.init_cfg.checkpoint]
+    assert (weights.family, weights.arch, weights.plan) == (backbone.type, backbone.arch, None)
+    assert f'next_{backbone.arch}_' in path.stem
 
 
-def det_batch() -> dict[str, list]:
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
+RECIPES = {
+    # InceptionNeXt paper: iterations, batch, learning rate; drop path by arch.
+    'semantic_fpn': (40000, 32, 2e-4, dict(tiny=0.1, small=0.2, base=0.2)),
+    'upernet': (160000, 16, 6e-5, dict(tiny=0.2, small=0.3, base=0.4)),
+}
 
-    sample = DetDataSample()
-    sample.set_metainfo(
-        {
-            'img_shape': (SIZE, SIZE),
-            'ori_shape': (SIZE, SIZE),
-            'pad_shape': (SIZE, SIZE),
-            'scale_factor': (1.0, 1.0),
-            'batch_input_shape': (SIZE, SIZE),
-        }
+
+@pytest.mark.parametrize('method', RECIPES)
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+def test_inception_next_has_its_papers_recipe(method: str, arch: str) -> None:
+    iterations, batch, rate, drop_path = RECIPES[method]
+    cfg = Config.fromfile(REPO / 'configs' / f'{method}_inception_next_{arch}_ade20k.py')
+    assert cfg.train_cfg.max_iters == iterations
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == batch
+    assert cfg.optim_wrapper.optimizer.lr == rate
+    assert cfg.model.backbone.drop_path_rate == drop_path[arch]
+    poly = cfg.param_scheduler[-1]
+    assert (poly.type, poly.power, poly.end) == (
+        'PolyLR',
+        dict(semantic_fpn=0.9, upernet=1.0)[method],
+        iterations + 1,
     )
-    masks = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
-    masks[0, 10:60, 8:50] = 1
-    masks[1, 40:80, 30:90] = 1
-    sample.gt_instances = InstanceData(
-        bboxes=torch.tensor([[8.0, 10, 50, 60], [30, 40, 90, 80]]),
-        labels=torch.tensor([1, 2]),
-        masks=BitmapMasks(masks.numpy(), SIZE, SIZE),
-    )
-    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0))
-    image = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8)
-    return {'inputs': [image], 'data_samples': [sample]}
 
 
-def seg_batch() -> dict[str, list]:
-    from mmseg.structures import SegDataSample
-
-    samples = []
-    for _ in range(2):  # the head normalises over the batch
-        sample = SegDataSample()
-        sample.set_metainfo({'img_shape': (SIZE, SIZE), 'ori_shape': (SIZE, SIZE)})
-        sample.gt_sem_seg = PixelData(data=torch.randint(0, 150, (1, SIZE, SIZE)))
-        samples.append(sample)
-    images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8) for _ in samples]
-    return {'inputs': images, 'data_samples': samples}
-
-
-@pytest.mark.compat
-@pytest.mark.parametrize('name', SMALL + LARGE)
-def test_one_loss_and_one_prediction(name: str) -> None:
-    cfg, model = build(REPO / 'configs' / f'{name}.py')
-    model = revert_sync_batchnorm(model)
-    detects = cfg.default_scope == 'mmdet'
-    batch = det_batch() if detects else seg_batch()
-    if not detects:
-        model.data_preprocessor.size = (SIZE, SIZE)  # else it pads to the 512 of the recipe
-
-    model.train()
-    losses = model(**model.data_preprocessor(batch, training=True), mode='loss')
-    total, named = model.parse_losses(losses)
-    total.backward()
-    assert torch.isfinite(total)
-    assert total > 0
-    assert {'loss_mask', 'loss_rpn_cls'} <= set(named) if detects else 'decode.loss_ce' in named
-    # The loss reaches the first layer.
-    first = next(model.backbone.parameters())
-    assert first.grad is not None
-    assert first.grad.abs().sum() > 0
-
-    model.eval()
-    with torch.no_grad():
-        results = model(**model.data_preprocessor(batch, training=False), mode='predict')
-    assert len(results) == len(batch['inputs'])
-    if detects:
-        found = results[0].pred_instances
-        assert found.bboxes.shape == (len(found), 4)
-        assert found.masks.shape == (len(found), SIZE, SIZE)
+@pytest.mark.parametrize('method', RECIPES)
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+def test_inception_next_segmentors_cost_what_is_published(
+    method: str, arch: str, published: dict
+) -> None:
+    """Parameters of all parts, multiplications of what a prediction runs."""
+    with torch.device('meta'):
+        name = f'{method}_inception_next_{arch}_ade20k'
+        model = build(Config.fromfile(REPO / 'configs' / f'{name}.py'))
+    model = revert_sync_batchnorm(model).eval()
+    if method == 'upernet':
+        size, (_, parameters, macs) = (
+            (512, 2048),
+            published['ade20k_upernet'][f'inception_next_{arch}'],
+        )
     else:
-        assert results[0].pred_sem_seg.data.shape == (1, SIZE, SIZE)
-        assert int(results[0].pred_sem_seg.data.max()) < 150
+        size, (parameters, macs) = (
+            (512, 512),
+            published['ade20k_semantic_fpn_complexity'][f'inception_next_{arch}'],
+        )
+    with torch.device('meta'):
+        assert count_macs(model, size, mode='tensor') / 1e9 == pytest.approx(macs, rel=0.03)
+    assert count_parameters(model) / 1e6 == pytest.approx(parameters, rel=0.03)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sample_data(tmp_path_factory.mktemp('shapes'))
 
 
 @pytest.mark.compat
-def test_mask_rcnn_in_bfloat16() -> None:
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_one_loss_and_one_prediction(path: Path, root: Path) -> None:
+    cfg = Config.fromfile(path)
+    model = build(cfg)
+    size = 2 * model.backbone.out_strides[-1]  # two cells at the coarsest: enough for statistics
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    batch = sample_batch(cfg.default_scope, root, pipeline, size)
+    detects = cfg.default_scope == 'mmdet'
+    if not detects:
+        model.data_preprocessor.size = (size, size)  # else it pads to the 512 of the recipe
+    losses, results = train_and_predict(model, batch)
+    assert {'loss_mask', 'loss_rpn_cls'} <= set(losses) if detects else 'decode.loss_ce' in losses
+    assert ('aux.loss_ce' in losses) == ('auxiliary_head' in cfg.model)
+    for result in results:
+        if detects:
+            found = result.pred_instances
+            assert found.bboxes.shape == (len(found), 4)
+            assert found.masks.shape[1:] == (SAMPLE, SAMPLE)
+        else:
+            assert result.pred_sem_seg.data.shape == (1, SAMPLE, SAMPLE)
+            assert int(result.pred_sem_seg.data.max()) < 150
+
+
+@pytest.mark.compat
+def test_mask_rcnn_in_bfloat16(root: Path) -> None:
     """As --amp runs it: autocast is the same on the CPU, and mmcv lacks the kernels there too."""
-    _, model = build(REPO / 'configs' / 'mask_rcnn_repnext_m0_coco.py')
-    model = revert_sync_batchnorm(model).train()
-    inputs = model.data_preprocessor(det_batch(), training=True)
+    cfg = Config.fromfile(REPO / 'configs' / 'mask_rcnn_repnext_m0_coco.py')
+    model = revert_sync_batchnorm(build(cfg)).train()
+    batch = sample_batch('mmdet', root, cfg.train_dataloader.dataset.pipeline, 96)
+    inputs = model.data_preprocessor(batch, training=True)
     with torch.autocast('cpu', torch.bfloat16), pytest.raises(RuntimeError, match='BFloat16'):
         model(**inputs, mode='loss')
 
