@@ -114,6 +114,9 @@ def file_kind(path: Path, label: str) -> Kind:
     """
     with path.open('rb') as file:
         head = file.read(512)
+    # First, as the length that such a file begins with may look like any other file's mark.
+    if _is_safetensors(head, path.stat().st_size):
+        return 'safetensors file'
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n')[:64].lower()
     if not head:
         reason = 'is empty; delete it and fetch it again.'
@@ -125,8 +128,6 @@ def file_kind(path: Path, label: str) -> Kind:
         return _zip_kind(path, label)
     elif head.startswith(b'\x80'):
         return 'torch checkpoint'
-    elif head[8:9] == b'{':
-        return 'safetensors file'
     elif tarfile.is_tarfile(path):
         reason = 'is a tar archive; unpack it and give a weight file in it.'
     else:
@@ -135,6 +136,11 @@ def file_kind(path: Path, label: str) -> Kind:
             'torch checkpoints, TorchScript archives and safetensors can be read.'
         )
     raise CheckpointError(f'{label} {reason}')
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """Eight bytes with the length of what follows, which is JSON, within `size` bytes."""
+    return head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= size - 8
 
 
 def _zip_kind(path: Path, label: str) -> Kind:
