@@ -36,7 +36,9 @@ HOSTS: dict[str, tuple[str, str, tuple[int, ...], Callable[[list[int]], dict]]] 
         'upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
         (0, 1, 2, 3),
         lambda channels: dict(
-            decode_head=dict(in_channels=channels), auxiliary_head=dict(in_channels=channels[2])
+            pretrained=None,  # the weights of the ResNet that goes
+            decode_head=dict(in_channels=channels),
+            auxiliary_head=dict(in_channels=channels[2]),
         ),
     ),
     'SegFormer': (
