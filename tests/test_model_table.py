@@ -1,0 +1,127 @@
+"""The generated tables: published figures are the published ones, measured ones the code's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from mmengine.fileio import load
+
+from repnext_mm import model_table
+
+METAFILE = REPO / 'configs' / 'metafile.yml'
+VARIANTS = [(f, arch) for f, cls in model_table.FAMILIES.items() for arch in cls.arch_zoo]
+
+
+@pytest.fixture(scope='module')
+def meta() -> dict[str, Any]:
+    return load(METAFILE)
+
+
+def recorded(meta: dict[str, Any], name: str) -> dict[str, Any]:
+    (record,) = (model for model in meta['Models'] if model['Name'] == name)
+    return record
+
+
+def test_published_figures_are_the_published_ones(published: dict) -> None:
+    ours = model_table.published_results()
+    for section, theirs in published.items():
+        if isinstance(theirs, dict):
+            assert ours[section] == theirs
+    assert {name for name in ours if not name.startswith('_')} == {
+        name for name, section in published.items() if isinstance(section, dict)
+    }
+
+
+@pytest.mark.parametrize('family, arch', VARIANTS)
+def test_measured_figures_are_the_networks(family: str, arch: str, meta: dict[str, Any]) -> None:
+    measured = model_table.measure(family, arch)
+    assert recorded(meta, f'{family}_{arch}')['Metadata']['Measured'] == measured
+
+
+@pytest.mark.parametrize('family, arch', VARIANTS)
+def test_classifiers_have_the_published_size_and_cost(
+    family: str, arch: str, meta: dict[str, Any], published: dict
+) -> None:
+    measured = recorded(meta, f'{family}_{arch}')['Metadata']['Measured']
+    parameters, macs = published['imagenet'][f'{family}_{arch}'][:2]
+    form = model_table.PUBLISHED_FORM[family]
+    counted = measured['Parameters'][form] + measured['Classifier parameters']
+    assert counted / 1e6 == pytest.approx(parameters, abs=0.06)
+    # Published with one decimal.
+    assert measured['MACs at 224x224'][form] / 1e9 == pytest.approx(macs, abs=0.06)
+
+
+def test_macs_are_those_of_a_convolution_and_a_product() -> None:
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.linear = torch.nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(x).relu().mean((2, 3)))
+
+    with torch.device('meta'):
+        macs = model_table.count_macs(Small(), (32, 16))
+    assert macs == 16 * 8 * 8 * 3 * 3 * 3 + 8 * 5
+
+
+@pytest.fixture
+def files(meta: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[Path, str]:
+    """What the tool would write, given that the recorded measurements are right."""
+
+    def recall(family: str, arch: str) -> dict[str, Any]:
+        return recorded(meta, f'{family}_{arch}')['Metadata']['Measured']
+
+    monkeypatch.setattr(model_table, 'measure', recall)
+    return model_table.generate(REPO)
+
+
+def test_readme_and_metafile_are_not_stale(files: dict[Path, str]) -> None:
+    model_table.check(files)
+
+
+def test_staleness_is_told_in_one_sentence(files: dict[Path, str], tmp_path: Path) -> None:
+    moved = {tmp_path / path.name: text for path, text in files.items()}
+    for path, text in moved.items():
+        path.write_text(text)
+    model_table.check(moved)
+    readme = tmp_path / 'README.md'
+    readme.write_text(readme.read_text().replace('| m3 | 7.8 |', '| m3 | 7.9 |'))
+    with pytest.raises(ValueError, match=r'README\.md .* run "python tools/model_table\.py"'):
+        model_table.check(moved)
+
+
+def test_a_readme_without_markers_is_refused(meta: dict[str, Any]) -> None:
+    for text in ('no markers', f'{model_table.END} {model_table.BEGIN}'):
+        with pytest.raises(ValueError, match='once each, in this order'):
+            model_table.with_tables(text, meta)
+
+
+def test_every_recipe_is_recorded(meta: dict[str, Any]) -> None:
+    recipes = {p.stem for p in METAFILE.parent.glob('*.py') if not p.stem.endswith('_shapes')}
+    names = [model['Name'] for model in meta['Models']]
+    assert len(names) == len(set(names))
+    assert set(names) == recipes | {f'{family}_{arch}' for family, arch in VARIANTS}
+
+
+def test_published_measured_and_pending_share_no_column(meta: dict[str, Any]) -> None:
+    tables = model_table.readme_tables(meta).split('<details>')[0]
+    for table in tables.split('### ')[1:]:
+        header, _, *rows = [
+            line.strip('| ').split(' | ') for line in table.splitlines() if '|' in line
+        ]
+        assert header[0] == 'arch'
+        for title, *cells in zip(header, *rows, strict=True):
+            kind = title.rpartition(', ')[2] if ', ' in title else 'arch'
+            assert kind in ('arch', 'published', 'measured', 'ours')
+            assert ('pending' in cells) <= (kind == 'ours')
+        # No figure is published for RecNeXt T, S, B on COCO: ours is pending, theirs empty.
+        if table.startswith('RecNeXt'):
+            (row,) = (dict(zip(header, row, strict=True)) for row in rows if row[0] == 't')
+            assert row['box / mask AP, published'] == '-'
+            assert row['box / mask AP, ours'] == 'pending'
