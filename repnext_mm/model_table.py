@@ -130,7 +130,7 @@ def backbone_record(family: str, arch: str, measured: Record) -> Record:
     cls = FAMILIES[family]
     names = names_for(cls.__name__, arch, fused=False)
     figures = {k: v for k, v in published('imagenet', f'{family}_{arch}').items() if v is not None}
-    record = {
+    record: Record = {
         'Name': f'{family}_{arch}',
         'In Collection': cls.__name__,
         'Metadata': {'Measured': measured},
@@ -151,13 +151,13 @@ def config_records(root: Path) -> list[Record]:
                 if not (root / config).exists():
                     continue
                 figures = published(method.section, f'{family}_{arch}')
-                result = {
+                result: Record = {
                     'Task': method.task,
                     'Dataset': method.dataset,
                     'Published': {k: figures[k] for k in method.columns if figures} or NONE,
                     'Measured': PENDING,
                 }
-                record = {
+                record: Record = {
                     'Name': Path(config).stem,
                     'In Collection': cls.__name__,
                     'Config': config,
