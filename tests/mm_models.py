@@ -44,6 +44,9 @@ def sample_batch(scope: str, root: Path, pipeline: list | None = None, size: int
     dataset = cfg.train_dataloader.dataset
     dataset.data_root = str(root / folder)
     dataset.pipeline = copy.deepcopy(pipeline or dataset.pipeline)
+    if scope == 'mmdet' and not any(t['type'] == 'Resize' for t in dataset.pipeline):
+        # It notes the factor by which predictions are scaled back.
+        dataset.pipeline.insert(-1, dict(type='Resize', scale=(size, size)))
     for transform in dataset.pipeline:
         for key in ('scale', 'crop_size'):
             if key in transform:

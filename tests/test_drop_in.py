@@ -17,6 +17,16 @@ from repnext_mm.backbones import PyramidBackbone
 
 BACKBONES = [(RepNeXt, 'm0'), (RecNeXt, 'm0'), (RecNeXt, 'a0'), (InceptionNeXt, 'atto')]
 
+#: For detectors without masks; segmentors take the sample's own.
+PIPELINES: dict[str, list | None] = {
+    'mmdet': [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='PackDetInputs'),
+    ],
+    'mmseg': None,
+}
+
 #: Framework, config of its own, stages to return, and where the channel numbers go.
 HOSTS: dict[str, tuple[str, str, tuple[int, ...], Callable[[list[int]], dict]]] = {
     'RetinaNet': (
@@ -78,7 +88,7 @@ def check(cfg: Config, scope: str, family: type[PyramidBackbone], root: Path) ->
         cfg.model.data_preprocessor.size = (SAMPLE, SAMPLE)
     model = build(cfg)
     assert isinstance(model.backbone, family)
-    losses, results = train_and_predict(model, sample_batch(scope, root))
+    losses, results = train_and_predict(model, sample_batch(scope, root, PIPELINES[scope]))
     assert any('loss' in name for name in losses)
     for result in results:
         if scope == 'mmdet':
