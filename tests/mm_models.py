@@ -37,7 +37,7 @@ def sample_data(root: Path) -> Path:
 def sample_batch(scope: str, root: Path, pipeline: list | None = None, size: int = SAMPLE) -> dict:
     """Two images of the sample data through a training pipeline, or through the sample's own.
 
-    Whatever the pipeline resizes to, it resizes to `size`.
+    Whatever the pipeline resizes to, it resizes to `size`, for a prediction takes one size only.
     """
     method, folder = dict(mmdet=('mask_rcnn', 'coco'), mmseg=('semantic_fpn', 'ade'))[scope]
     cfg = Config.fromfile(REPO / 'configs' / f'{method}_repnext_m0_shapes.py')
@@ -51,6 +51,8 @@ def sample_batch(scope: str, root: Path, pipeline: list | None = None, size: int
         for key in ('scale', 'crop_size'):
             if key in transform:
                 transform[key] = (size, size)
+        if 'ratio_range' in transform:
+            transform['ratio_range'] = (1.0, 1.0)
     with DefaultScope.overwrite_default_scope(scope):
         return pseudo_collate([*DATASETS.build(dataset)])
 

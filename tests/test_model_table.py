@@ -51,8 +51,8 @@ def test_classifiers_have_the_published_size_and_cost(
     form = model_table.PUBLISHED_FORM[family]
     counted = measured['Parameters'][form] + measured['Classifier parameters']
     assert counted / 1e6 == pytest.approx(parameters, abs=0.06)
-    # Published with one decimal.
-    assert measured['MACs at 224x224'][form] / 1e9 == pytest.approx(macs, abs=0.06)
+    # Published with one decimal, and by a counter that has norms and pooling in it too.
+    assert measured['MACs at 224x224'][form] / 1e9 == pytest.approx(macs, abs=0.06, rel=0.005)
 
 
 def test_macs_are_those_of_a_convolution_and_a_product() -> None:
