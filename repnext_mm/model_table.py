@@ -212,7 +212,8 @@ def _result_cells(models: dict[str, Record], family: str, arch: str) -> dict[str
     for name, method in METHODS.items():
         config = models.get(f'{name}_{family}_{arch}_{method.suffix}')
         result = config['Results'][0] if config else dict(Published=NONE, Measured=NONE)
-        theirs, ours = result['Published'], result['Measured']
+        theirs: Any = result['Published']
+        ours = result['Measured']
         if theirs != NONE:
             theirs = ' / '.join(map(str, theirs.values()))
         cells |= {f'{method.title}, published': theirs, f'{method.title}, ours': ours}

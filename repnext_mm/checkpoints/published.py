@@ -29,6 +29,7 @@ _RECNEXT_2 = 'https://github.com/suous/RecNeXt/releases/download/v2.0/recnext_{a
 _RECNEXT_HUB = HUB + '/suous/recnext_{arch}.'
 _INCEPTION_NEXT = HUB + '/timm/inception_next_{arch}.'
 _HUB_FILE = '/resolve/main/model.safetensors'
+_FORMS: tuple[tuple[str, Plan | None], ...] = (('.pth', None), ('_fused.pt', 'branches'))
 
 #: Family, its variants, where their files lie, and how those are fused (None: training form).
 RELEASES: tuple[tuple[str, tuple[str, ...], str, Plan | None], ...] = (
@@ -46,7 +47,7 @@ RELEASES: tuple[tuple[str, tuple[str, ...], str, Plan | None], ...] = (
         ('RecNeXt', archs, f'{release}{recipe}_300e{form}', plan)
         for archs, release in ((_M0_TO_M5, _RECNEXT_1), (_A0_TO_A5 + _LARGE, _RECNEXT_2))
         for recipe in ('distill', 'without_distill')
-        for form, plan in (('.pth', None), ('_fused.pt', 'branches'))
+        for form, plan in _FORMS
     ),
     *(
         ('RecNeXt', archs, f'{release}{data}.pth', None)
