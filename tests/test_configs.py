@@ -187,7 +187,7 @@ def test_mask_rcnn_in_bfloat16(root: Path) -> None:
     """As --amp runs it: autocast is the same on the CPU, and mmcv lacks the kernels there too."""
     cfg = Config.fromfile(REPO / 'configs' / 'mask_rcnn_repnext_m0_coco.py')
     model = revert_sync_batchnorm(build(cfg)).train()
-    batch = sample_batch('mmdet', root, cfg.train_dataloader.dataset.pipeline, 96)
+    batch = sample_batch('mmdet', root, cfg.train_dataloader.dataset.pipeline, 64)
     inputs = model.data_preprocessor(batch, training=True)
     with torch.autocast('cpu', torch.bfloat16), pytest.raises(RuntimeError, match='BFloat16'):
         model(**inputs, mode='loss')
