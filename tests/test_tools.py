@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -51,6 +52,8 @@ def fails(
     monkeypatch.setenv('LOCAL_RANK', '0')
     for name in ('RANK', 'REPNEXT_MM_TRACEBACK'):
         monkeypatch.delenv(name, raising=False)
+    # Earlier tests' loggers write to streams that pytest has closed; logging would complain.
+    monkeypatch.setattr(logging, 'raiseExceptions', False)
 
     def run(tool: Callable, *args: object) -> str:
         assert tool([str(a) for a in args]) == 1
