@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,6 @@ def _demo(args: argparse.Namespace) -> None:
     bar = args.bar if args.bar is not None else 0.0 if args.quick else task.bar
 
     shapes.ensure(data_root, QUICK_SPEC if args.quick else shapes.Spec(), track)
-    _make_folder(work_dir)
     checkpoint, cfg = _train(task, data_root, work_dir, args.quick)
 
     _, metrics = read_scalars(work_dir).val[-1]
@@ -136,17 +134,6 @@ def _demo(args: argparse.Namespace) -> None:
     if missed:
         found = ', '.join(f'{task.goal} of {row} is {value:.3f}' for row, value in missed.items())
         raise UserError(f'{found}, below the {bar:.2f} asked for.')
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'--work-dir {path} cannot be written ({error.strerror}); give another folder.'
-        ) from error
 
 
 def _train(task: Task, data_root: str, work_dir: Path, quick: bool) -> tuple[Path, Config]:

@@ -185,6 +185,13 @@ def test_backbone_argument_that_is_not_allowed(fails: Callable, shapes: Path) ->
     assert "arch='m9' is not a RepNeXt; choose one of m0" in sentence
 
 
+def test_work_dir_that_cannot_be_written(fails: Callable, shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / 'taken').write_text('mine')
+    arguments = [CONFIGS['seg'], *options('seg', shapes), '--work-dir', 'taken/run']
+    assert '--work-dir taken/run cannot be written (Not a directory)' in fails(train, *arguments)
+    assert (tmp_path / 'taken').read_text() == 'mine'
+
+
 def test_malformed_option_is_a_usage_error(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         train(['config.py', '--cfg-options', 'lr'])

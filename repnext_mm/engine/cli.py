@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -217,8 +218,20 @@ def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> No
         _ensure_sample_data(sample)
     if int(os.environ['LOCAL_RANK']) == 0:
         check_data(cfg, splits)
+        _make_work_dir(Path(cfg.work_dir))
     if line := choose_device(cfg, args.device, args.launcher):
         _say(line)
+
+
+def _make_work_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'--work-dir {path} cannot be written ({error.strerror}); give another folder.'
+        ) from error
 
 
 def _import_framework(scope: str | None) -> None:
