@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_nothing_unpinned_is_installed(constraints: list[Requirement]) -> None:
     if not (Path(sys.prefix) / 'repnext_mm-install.json').exists():
         pytest.skip('this environment was not made by `make install`')
     pinned = pins(constraints, '{}.{}'.format(*sys.version_info[:2]))
-    for distribution in metadata.distributions(path=[p for p in sys.path if sys.prefix in p]):
+    # Not all of sys.path: setuptools, once imported, adds the packages that it carries.
+    for distribution in metadata.distributions(path=[sysconfig.get_path('purelib')]):
         name = canonicalize_name(distribution.metadata['Name'])
         if name != 'repnext-mm' and not TORCH_CUDA.match(name):
             assert name in pinned, f'{name} {distribution.version} is not in constraints.txt'
