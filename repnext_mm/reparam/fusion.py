@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..complexity import count_parameters
 from .plans import INEXACT, PLANS, Exactness, Plan, check_plan
 
 if TYPE_CHECKING:
@@ -109,10 +110,10 @@ def fuse_backbone(
     backbone: PyramidBackbone, plan: Plan, accept_inexact: Collection[str] = ()
 ) -> FusionReport:
     """Fuse `backbone` in place; its state is undefined if this raises (see `reparameterize`)."""
-    report = FusionReport(plan, params_before=_count(backbone))
+    report = FusionReport(plan, params_before=count_parameters(backbone))
     for name, child in list(backbone.named_children()):
         setattr(backbone, name, _fuse(child, name, plan, report, accept_inexact))
-    report.params_after = _count(backbone)
+    report.params_after = count_parameters(backbone)
     report.norms_left = [n for n, m in backbone.named_modules() if isinstance(m, _BatchNorm)]
     backbone.plan = plan
     backbone.fusion_report = report
@@ -141,7 +142,3 @@ def _fuse(
         report.rewrites.append(Rewrite(name, rule, exactness))
 
     return module.fuse(plan, note)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
