@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -273,11 +274,12 @@ class OpenVINOArtifact(Artifact):
 
 
 class TorchArtifact(Artifact):
-    """A file that PyTorch runs; subclasses set `module` and, where they know it, the shape."""
+    """A file that PyTorch runs."""
 
     module: Callable[..., Any]
-    dtype = torch.float32
-    memory_format = torch.contiguous_format
+    device = 'cpu'
+    #: Whether the file is made for images of one shape.
+    has_shape: ClassVar[bool] = True
 
     def load(
         self, threads: int | None, precision: str | None, providers: Sequence[str] | None
@@ -285,30 +287,23 @@ class TorchArtifact(Artifact):
         if threads:
             torch.set_num_threads(threads)
         self.load_module()
-        if 'size' in self.metadata:
-            fixed_size = self.metadata.get('dynamic') != 'hw'
-            fixed_batch = self.metadata.get('dynamic', 'none') == 'none'
-            self.input_shape = (
-                self.metadata.get('batch', 1) if fixed_batch else None,
-                3,
-                *(self.metadata['size'] if fixed_size else (None, None)),
-            )
+        # None of these formats can be asked for the shape that it was made for.
+        dynamic, size = self.metadata.get('dynamic', 'none'), self.metadata.get('size')
+        if self.has_shape and size:
+            batch = None if 'batch' in dynamic else self.metadata.get('batch', 1)
+            self.input_shape = (batch, 3, *((None, None) if 'hw' in dynamic else size))
         stages = self.metadata.get('out_indices', range(4))
         self.output_names = tuple(f'stage{i}' for i in stages)
-        stated = PRECISIONS.get(self.metadata.get('dtype', 'fp32'), 'f32')
-        self.precision = stated
-        self.dtype = {'f16': torch.float16, 'bf16': torch.bfloat16}.get(stated, torch.float32)
-        if self.metadata.get('layout') == 'channels_last':
-            self.memory_format = torch.channels_last
+        self.precision = PRECISIONS.get(self.metadata.get('dtype', ''), 'f32')
 
     @abstractmethod
     def load_module(self) -> None:
-        """Set `module` and `metadata`."""
+        """Set `module` and `metadata`, and `device` where it is not the CPU."""
 
     @torch.inference_mode()
     def infer(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        batch = torch.from_numpy(images).to(self.dtype, memory_format=self.memory_format)
-        return [output.float().contiguous().numpy() for output in self.module(batch)]
+        outputs = self.module(torch.from_numpy(images).to(self.device))
+        return [output.float().cpu().contiguous().numpy() for output in outputs]
 
     def close(self) -> None:
         del self.module
@@ -322,7 +317,9 @@ class ExportedProgramArtifact(TorchArtifact):
     def load_module(self) -> None:
         _refuse_pickles(self.path)
         extra = {METADATA_KEY: ''}
-        self.module = torch.export.load(self.path, extra_files=extra).module()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # that it reads weights without a copy
+            self.module = torch.export.load(self.path, extra_files=extra).module()
         self.metadata = _metadata(self, extra)
 
 
@@ -335,8 +332,10 @@ class AOTInductorArtifact(TorchArtifact):
         from torch._inductor import aoti_load_package
 
         package = aoti_load_package(self.path)
+        properties = package.get_metadata()
+        self.device = properties['AOTI_DEVICE_KEY']
         self.module = package
-        self.metadata = _metadata(self, package.get_metadata())
+        self.metadata = _metadata(self, properties)
 
 
 class TorchScriptArtifact(TorchArtifact):
@@ -354,9 +353,11 @@ class FusedArtifact(TorchArtifact):
     """The weights of a fused backbone, run by this package's modules."""
 
     runtime = 'torch'
+    has_shape = False
 
     def load_module(self) -> None:
         from .. import backbones
+        from .exporters import Deployed
 
         checkpoint = read_checkpoint(self.path, str(self.path))
         meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
@@ -374,11 +375,10 @@ class FusedArtifact(TorchArtifact):
         )
         state = checkpoint['state_dict']
         model.load_state_dict(state)
-        dtypes = [t.dtype for t in state.values() if t.is_floating_point()]
-        # A `to` without a memory format would keep the file's.
-        self.module = model.eval().to(dtypes[0])
+        dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+        self.module = Deployed(model.to(dtype), dtype).eval()
         if self.metadata.get('layout') == 'channels_last':
-            model.to(memory_format=torch.channels_last)
+            self.module.to(memory_format=torch.channels_last)
 
 
 KINDS: dict[str, type[Artifact]] = {
