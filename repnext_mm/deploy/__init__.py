@@ -1,0 +1,1 @@
+"""Deployment: one table of formats, exporters, runtimes, parity, and the report."""

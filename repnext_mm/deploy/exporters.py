@@ -1,0 +1,195 @@
+"""One function per format: each writes the same fused backbone to a path.
+
+Where a format can be reached from `torch.export`, all take the same exported program, so that no
+two of them can differ in what they describe.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .runtimes import METADATA_KEY
+
+INPUT = 'image'
+#: What an artifact computes in, by the name on the command line.
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+class Deployed(nn.Module):
+    """A backbone as every artifact presents it: `image (N, 3, H, W)` float32 to float32 stages.
+
+    Args:
+        backbone: The fused backbone, already in the dtype to compute in.
+        dtype: That dtype; images and outputs are converted where it is not float32.
+    """
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dtype = dtype
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        if self.dtype == torch.float32:
+            return self.backbone(image)
+        return tuple(stage.float() for stage in self.backbone(image.to(self.dtype)))
+
+
+@dataclass
+class Job:
+    """What to export and how; every exporter takes one.
+
+    Args:
+        model: Fused backbone in float32, in eval mode, on the CPU.
+        size: Height and width of the images.
+        batch: Number of images.
+        dynamic: 'none', 'batch', or 'hw' for open height and width.
+        dtype: A name in `DTYPES`.
+        metadata: Written into the artifact as JSON.
+        opset: ONNX operator set.
+        ios_target: Oldest iOS that must run a Core ML model.
+        device: What AOTInductor compiles for, 'cpu' or 'cuda'.
+    """
+
+    model: nn.Module
+    size: tuple[int, int]
+    output_names: tuple[str, ...]
+    metadata: dict[str, Any]
+    batch: int = 1
+    dynamic: str = 'none'
+    dtype: str = 'fp32'
+    opset: int = 18
+    ios_target: int = 15
+    device: str = 'cpu'
+    _programs: dict[tuple[str, str], ExportedProgram] = field(default_factory=dict, repr=False)
+
+    def deployed(self, dtype: str | None = None) -> Deployed:
+        """The module that is traced, in the dtype of the job or the one asked for."""
+        chosen = DTYPES[dtype or self.dtype]
+        model = self.model
+        if chosen != torch.float32:
+            model = copy.deepcopy(model).to(chosen)
+        return Deployed(model, chosen).eval()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, 3, *self.size
+
+    @property
+    def example(self) -> Tensor:
+        """An image batch to trace with."""
+        # A batch of one would be taken for a constant where the batch is to stay open.
+        batch = max(self.batch, 2) if self.dynamic == 'batch' else self.batch
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, 3, *self.size, generator=generator)
+
+    def program(self, dtype: str | None = None, device: str = 'cpu') -> ExportedProgram:
+        """The exported program that most formats are made from; traced once for all of them."""
+        key = dtype or self.dtype, device
+        if key not in self._programs:
+            open_dims = {'none': (), 'batch': (0,), 'hw': (2, 3)}[self.dynamic]
+            dims = dict.fromkeys(open_dims, Dim.DYNAMIC)
+            module, example = self.deployed(dtype).to(device), self.example.to(device)
+            with torch.no_grad():
+                self._programs[key] = torch.export.export(
+                    module, (example,), dynamic_shapes=(dims,) if dims else None
+                )
+        return self._programs[key]
+
+    @property
+    def metadata_text(self) -> str:
+        return json.dumps(self.metadata)
+
+
+def export_pth(job: Job, path: Path) -> None:
+    """The fused state dict, for this package's own backbone with `deploy=`."""
+    dtype = DTYPES[job.dtype]
+    state = {name: tensor.to(dtype) for name, tensor in job.model.state_dict().items()}
+    torch.save({'state_dict': state, 'meta': {METADATA_KEY: job.metadata_text}}, path)
+
+
+def export_pt2(job: Job, path: Path) -> None:
+    """An exported program, PyTorch's neutral format."""
+    torch.export.save(job.program(), path, extra_files={METADATA_KEY: job.metadata_text})
+
+
+def export_aoti(job: Job, path: Path) -> None:
+    """A library compiled by AOTInductor for the processor at hand."""
+    from torch import _inductor
+
+    _inductor.aoti_compile_and_package(
+        job.program(device=job.device),
+        package_path=str(path),
+        inductor_configs={'aot_inductor.metadata': {METADATA_KEY: job.metadata_text}},
+    )
+
+
+def export_onnx(job: Job, path: Path) -> None:
+    """One ONNX file with its weights inside."""
+    program = torch.onnx.export(
+        job.program(),
+        dynamo=True,
+        opset_version=job.opset,
+        input_names=[INPUT],
+        output_names=[*job.output_names],
+        external_data=False,
+        optimize=True,
+        verify=False,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props[METADATA_KEY] = job.metadata_text
+    program.save(str(path), external_data=False)
+
+
+def export_openvino(job: Job, path: Path) -> None:
+    """An OpenVINO IR: the folder `path` with `model.xml` and `model.bin`."""
+    import openvino
+
+    # What OpenVINO computes in is chosen when it runs; a file in fp16 is half as large.
+    program = job.program('fp32')
+    sides = {'none': job.shape, 'batch': (-1, *job.shape[1:]), 'hw': (job.batch, 3, -1, -1)}
+    model = openvino.convert_model(program, input=[openvino.PartialShape(sides[job.dynamic])])
+    model.inputs[0].get_tensor().set_names({INPUT})
+    for output, name in zip(model.outputs, job.output_names, strict=True):
+        output.get_tensor().set_names({name})
+    model.set_rt_info(job.metadata_text, METADATA_KEY)
+    path.mkdir()
+    openvino.save_model(model, path / 'model.xml', compress_to_fp16=job.dtype == 'fp16')
+
+
+def export_torchscript(job: Job, path: Path) -> None:
+    """A traced module, the bridge to tools that read nothing newer."""
+    torch.jit.save(trace(job), path, _extra_files={METADATA_KEY: job.metadata_text})
+
+
+def trace(job: Job) -> torch.jit.ScriptModule:
+    with torch.no_grad():
+        return torch.jit.freeze(torch.jit.trace(job.deployed(), job.example, check_trace=False))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep other packages' progress and deprecations to themselves."""
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'coremltools')]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,158 @@
+"""The one table of formats; command line, its checks, documentation and tests all use it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import exporters
+from .errors import DependencyError, UsageError
+from .exporters import Job
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Args:
+        name: What `--format` takes.
+        suffix: What the name of an artifact ends with.
+        title: One line for people.
+        export: Writes an artifact to a path.
+        runtime: What runs an artifact here; None where nothing on this system can.
+        dtypes: What `--dtype` may be, the default first.
+        dynamic: What `--dynamic` may be.
+        packages: What must be installed, by import name.
+        extra: The extra of this package that installs it.
+        options: Further options that this format takes.
+        main: The file inside, for a format that is a folder.
+        in_all: Whether `--format all` includes it.
+    """
+
+    name: str
+    suffix: str
+    title: str
+    export: Callable[[Job, Path], None]
+    runtime: str | None
+    dtypes: tuple[str, ...] = ('fp32', 'fp16', 'bf16')
+    dynamic: tuple[str, ...] = ('none', 'batch', 'hw')
+    packages: Mapping[str, str] = field(default_factory=dict)
+    extra: str | None = None
+    options: tuple[str, ...] = ()
+    main: str | None = None
+    in_all: bool = True
+
+    def missing(self) -> list[str]:
+        """Requirements that are not installed."""
+        return [
+            r for module, r in self.packages.items() if importlib.util.find_spec(module) is None
+        ]
+
+    def check_installed(self) -> None:
+        """Raise DependencyError, with the command that mends it, where a package is missing."""
+        if missing := self.missing():
+            raise DependencyError(
+                f'--format {self.name} needs {", ".join(missing)}, not installed here; '
+                f'run: {install_command(missing)}'
+            )
+
+    def file(self, path: Path) -> Path:
+        """What a runtime is given of the artifact at `path`."""
+        return path / self.main if self.main else path
+
+
+ONNX_PACKAGES = {
+    'onnx': 'onnx>=1.18',
+    'onnxscript': 'onnxscript>=0.6.2',
+    'onnxruntime': 'onnxruntime>=1.22',
+}
+OPENVINO_PACKAGES = {'openvino': 'openvino>=2025.2'}
+COREML_PACKAGES = {'coremltools': 'coremltools>=9.0'}
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            'pth',
+            '.pth',
+            'fused weights for this package (deploy=True)',
+            exporters.export_pth,
+            runtime='torch',
+            dtypes=('fp32',),
+        ),
+        Format(
+            'pt2',
+            '.pt2',
+            'torch.export program',
+            exporters.export_pt2,
+            runtime='torch.export',
+        ),
+        Format(
+            'aoti',
+            '.aoti.pt2',
+            'AOTInductor package, compiled for this machine',
+            exporters.export_aoti,
+            runtime='aotinductor',
+            options=('device',),
+        ),
+        Format(
+            'onnx',
+            '.onnx',
+            'ONNX, in one file',
+            exporters.export_onnx,
+            runtime='onnxruntime',
+            dtypes=('fp32', 'fp16', 'int8'),
+            packages=ONNX_PACKAGES,
+            extra='onnx',
+            options=('opset',),
+        ),
+        Format(
+            'openvino',
+            '_openvino',
+            'OpenVINO IR, a folder with .xml and .bin',
+            exporters.export_openvino,
+            runtime='openvino',
+            dtypes=('fp32', 'fp16', 'int8'),
+            packages=OPENVINO_PACKAGES,
+            extra='openvino',
+            main='model.xml',
+        ),
+        Format(
+            'torchscript',
+            '.torchscript',
+            'TorchScript, a bridge to older tools',
+            exporters.export_torchscript,
+            runtime='torchscript',
+            in_all=False,
+        ),
+    )
+}
+
+
+def install_command(requirements: Sequence[str]) -> str:
+    return f'pip install {shlex.join(requirements)}'
+
+
+def choose_formats(text: str) -> list[Format]:
+    """The formats of a comma list; `all` stands for those not marked as a bridge.
+
+    Raises:
+        UsageError: A name is unknown; says which is close.
+    """
+    chosen: dict[str, Format] = {}
+    for name in text.split(','):
+        if name == 'all':
+            chosen |= {row.name: row for row in FORMATS.values() if row.in_all}
+        elif name in FORMATS:
+            chosen[name] = FORMATS[name]
+        else:
+            close = difflib.get_close_matches(name.lower(), [*FORMATS, 'all'], 1)
+            hint = f' Did you mean {close[0]!r}?' if close else ''
+            raise UsageError(
+                f'unknown format {name!r}.{hint} Formats: {", ".join(FORMATS)}, or all.'
+            )
+    return list(chosen.values())
