@@ -45,6 +45,9 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
 class UserError(Exception):
     """Something the user can mend; the message is one sentence with what, why and the fix."""
 
+    #: What a tool exits with.
+    exit_code = 1
+
 
 def run_tool(main: Callable[[], None]) -> int:
     """Run the body of a command line tool and return its exit code.
@@ -64,7 +67,7 @@ def run_tool(main: Callable[[], None]) -> int:
         if sentence is not None:
             rank = os.environ.get('RANK')
             print(f'error{f" [rank {rank}]" if rank else ""}: {sentence}', file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, UserError) else 1
     return 0
 
 
