@@ -1,0 +1,303 @@
+"""Honest timing: variants run in turns, and are compared round by round.
+
+A machine's speed drifts by more than what one wants to measure. So all variants run in every
+round, forwards and backwards in turn (A B, B A, ...), and what is reported is the median over the
+rounds of the ratio to the reference in the same round. The reference against itself gives the noise
+floor.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+#: Fewer samples give no percentile: MLPerf's early stopping wants 64 for p90 and 662 for p99.
+PERCENTILE_FLOORS = {50: 1, 90: 64, 99: 662}
+#: Interquartile range / median from which torch.utils.benchmark calls a measurement so.
+NOISE = {'gross': 0.25, 'noisy': 0.10}
+#: The range of fewer rounds holds the median with less than 95 %, so no interval can.
+MIN_ROUNDS = 6
+RESAMPLES = 10_000
+
+Clock = Callable[[], float]
+
+
+class Runner(Protocol):
+    """Something to time, here or in another process."""
+
+    def run(self, n: int) -> list[float]:
+        """Run `n` times, one after the other, and return the seconds of each."""
+
+
+class CallRunner:
+    """Times a function of this process; `synchronize` waits for what it left to a device."""
+
+    def __init__(
+        self, function: Callable[[], Any], synchronize: Callable[[], None] | None = None
+    ) -> None:
+        self.function = function
+        self.synchronize = synchronize or (lambda: None)
+
+    def run(self, n: int) -> list[float]:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return [self._once() for _ in range(n)]
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _once(self) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        self.function()
+        self.synchronize()
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to warm up and to measure.
+
+    Args:
+        rounds: How often every variant gets its turn; fewer when `budget_s` ends before.
+        round_s: Runs of a turn go on for at least this long.
+        warmup_window: Warm-up ends when so many turns in a row ...
+        warmup_tolerance: ... lie within this share of their median,
+        warmup_cap_s: or after this long.
+        budget_s: Bound for warm-up, noise floor and measurement together. Two rounds are run
+            whatever it says.
+    """
+
+    rounds: int = 30
+    round_s: float = 5e-3
+    warmup_window: int = 10
+    warmup_tolerance: float = 0.02
+    warmup_cap_s: float = 30.0
+    budget_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds < 2:
+            raise ValueError(f'rounds={self.rounds} must be at least 2.')
+        if self.budget_s is not None and not self.budget_s > 0:
+            raise ValueError(f'budget_s={self.budget_s} must be more than 0 seconds.')
+
+
+@dataclass
+class Samples:
+    """Seconds of every run of one variant, round by round."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    #: Seconds of the very first run.
+    first_s: float | None = None
+    #: Whether the runs had become steady before the first round.
+    settled: bool = True
+
+    @property
+    def medians(self) -> list[float]:
+        return [statistics.median(runs) for runs in self.rounds]
+
+    @property
+    def runs(self) -> list[float]:
+        return [run for runs in self.rounds for run in runs]
+
+    def percentile(self, percent: int) -> float | None:
+        """Seconds that `percent` of the runs stay below; None with too few runs to say."""
+        runs = self.runs
+        if len(runs) < PERCENTILE_FLOORS[percent]:
+            return None
+        return float(np.percentile(runs, percent))
+
+    @property
+    def noise(self) -> str:
+        """How far the runs spread: ok, noisy or gross."""
+        low, middle, high = np.percentile(self.runs, (25, 50, 75))
+        spread = (high - low) / middle
+        return next((name for name, limit in NOISE.items() if spread > limit), 'ok')
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the paired ratios of two variants' times, with an interval of 95 %.
+
+    With fewer than six rounds, (low, high) is their range, which covers less than that.
+    """
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+    @property
+    def confidence(self) -> float:
+        """Probability that the interval covers the median."""
+        return 0.95 if self.rounds >= MIN_ROUNDS else 1 - 2 ** (1 - self.rounds)
+
+
+def paired_ratio(samples: Samples, reference: Samples) -> Ratio:
+    """How long a variant takes in units of the reference, from the rounds that both ran in."""
+    ratios = np.array([a / b for a, b in zip(samples.medians, reference.medians, strict=True)])
+    value = float(np.median(ratios))
+    if len(ratios) < MIN_ROUNDS:
+        return Ratio(value, float(ratios.min()), float(ratios.max()), len(ratios))
+    draws = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
+    return Ratio(value, float(low), float(high), len(ratios))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Ratio of the reference to itself; closer to 1 than its interval, nothing can be told."""
+
+    ratio: Ratio
+
+    @property
+    def limit(self) -> float:
+        """Ratios between 1 / limit and limit are noise."""
+        return max(self.ratio.high, 1 / self.ratio.low, 1.0)
+
+    def contains(self, value: float) -> bool:
+        return 1 / self.limit <= value <= self.limit
+
+    def verdict(self, ratio: Ratio) -> str:
+        """What a ratio means: faster, slower, no measurable difference, or too few rounds."""
+        if self.contains(ratio.value) or ratio.low <= 1 <= ratio.high:
+            return 'no measurable difference'
+        if ratio.rounds < MIN_ROUNDS:
+            return 'too few rounds'
+        return 'faster' if ratio.value < 1 else 'slower'
+
+
+class Deadline:
+    """A point in time, and shares of what is left until then."""
+
+    def __init__(self, seconds: float | None, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
+        self.end = math.inf if seconds is None else clock() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def share(self, part: float) -> Deadline:
+        """The point in time when `part` of what is left has passed."""
+        return Deadline(None if self.end == math.inf else self.left * part, self.clock)
+
+
+def warm_up(
+    runners: Mapping[str, Runner], schedule: Schedule, deadline: Deadline | None = None
+) -> dict[str, Samples]:
+    """Run every variant until its times stand still, for 30 % of the time to the deadline at most.
+
+    The first runs, which may compile, come before that.
+    """
+    deadline = deadline or Deadline(None)
+    warm = {}
+    for name, runner in runners.items():
+        [first] = runner.run(1)
+        warm[name] = Samples(first_s=first)
+    end = deadline.share(0.3)
+    for i, (name, runner) in enumerate(runners.items()):
+        cap = min(schedule.warmup_cap_s, end.left / (len(runners) - i))
+        warm[name].settled = _settle(runner, schedule, Deadline(cap, end.clock))
+    return warm
+
+
+def _settle(runner: Runner, schedule: Schedule, deadline: Deadline) -> bool:
+    """Run until the medians of the last turns agree; False if they did not until the deadline."""
+    medians: list[float] = []
+    while not medians or deadline.left > medians[-1]:
+        medians.append(statistics.median(runner.run(_runs(medians, schedule))))
+        window = medians[-schedule.warmup_window :]
+        spread = max(window) - min(window)
+        steady = spread <= schedule.warmup_tolerance * statistics.median(window)
+        if steady and len(window) == schedule.warmup_window:
+            return True
+    return False
+
+
+def _runs(medians: list[float], schedule: Schedule) -> int:
+    """Runs that fill one turn, from the medians of earlier turns."""
+    return max(1, math.ceil(schedule.round_s / medians[-1])) if medians else 1
+
+
+def interleave(
+    runners: Mapping[str, Runner],
+    schedule: Schedule,
+    warm: Mapping[str, Samples] | None = None,
+    deadline: Deadline | None = None,
+) -> dict[str, Samples]:
+    """Run all variants in turns, the order reversed from round to round.
+
+    Stops after `schedule.rounds`, or before a round that would end after `deadline`.
+    """
+    deadline = deadline or Deadline(None)
+    samples = {
+        name: Samples(first_s=warm[name].first_s, settled=warm[name].settled) if warm else Samples()
+        for name in runners
+    }
+    # The first turn of each says how many runs fill one.
+    counts = {name: _runs(runner.run(1), schedule) for name, runner in runners.items()}
+    names = list(runners)
+    longest = 0.0
+    for done in range(schedule.rounds):
+        if done >= 2 and deadline.left < longest:
+            break
+        start = deadline.clock()
+        for name in names:
+            samples[name].rounds.append(runners[name].run(counts[name]))
+        names.reverse()
+        longest = max(longest, deadline.clock() - start)
+    return samples
+
+
+@dataclass
+class Comparison:
+    """Variants against a reference, with the noise floor that decides what is a difference."""
+
+    reference: str
+    samples: dict[str, Samples]
+    floor: Floor
+
+    def ratio(self, name: str) -> Ratio:
+        """Time of a variant in units of the reference; below 1 it is faster."""
+        return paired_ratio(self.samples[name], self.samples[self.reference])
+
+    def verdict(self, name: str) -> str:
+        return 'reference' if name == self.reference else self.floor.verdict(self.ratio(name))
+
+
+def compare(
+    runners: Mapping[str, Runner],
+    twin: Runner,
+    schedule: Schedule | None = None,
+    deadline: Deadline | None = None,
+) -> Comparison:
+    """Time the first of `runners`, the reference, against itself, then all others against it.
+
+    Args:
+        runners: Variants by name, the reference first.
+        twin: The reference once more, built on its own; the two give the noise floor.
+        schedule: How long.
+        deadline: End of the budget; by default that of `schedule`, from now.
+    """
+    schedule = schedule or Schedule()
+    deadline = deadline or Deadline(schedule.budget_s)
+    reference, *others = runners
+    pair = {reference: runners[reference], f'{reference} again': twin}
+    everyone = dict(runners) | pair
+    warm = warm_up(everyone, schedule, deadline)
+    # A floor as sure as the rest needs as many rounds: split the time by what a round costs.
+    part = len(pair) / (len(pair) + len(runners)) if others else 1.0
+    twice = interleave(pair, schedule, warm, deadline.share(part))
+    floor = Floor(paired_ratio(*(twice[name] for name in reversed(pair))))
+    samples = interleave(runners, schedule, warm, deadline) if others else twice
+    samples.pop(f'{reference} again', None)
+    return Comparison(reference, samples, floor)
