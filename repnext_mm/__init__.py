@@ -20,10 +20,19 @@ if 'repnext_mm.doctor' not in sys.orig_argv:
     from . import engine  # noqa: F401  registers its checkpoint hook and CPU wrapper
     from .backbones import InceptionNeXt, RecNeXt, RepNeXt
     from .checkpoints.safe_globals import allow_mmengine_checkpoints
+    from .deploy.exported_backbone import ExportedBackbone
     from .reparam import prove, reparameterize
 
     # mmengine reads its own checkpoints with torch's safe default, which needs to know their
     # classes.
     allow_mmengine_checkpoints()
 
-__all__ = ['InceptionNeXt', 'RecNeXt', 'RepNeXt', '__version__', 'prove', 'reparameterize']
+__all__ = [
+    'ExportedBackbone',
+    'InceptionNeXt',
+    'RecNeXt',
+    'RepNeXt',
+    '__version__',
+    'prove',
+    'reparameterize',
+]

@@ -194,7 +194,10 @@ class ONNXArtifact(Artifact):
         options.inter_op_num_threads = 1
         # Idle workers that spin take the cores from PyTorch, which runs the rest of a detector.
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        self.session = ort.InferenceSession(self.path, options, providers=providers)
+        # Its own retry prints to stdout, with the same providers.
+        self.session = ort.InferenceSession(
+            self.path, options, providers=providers, enable_fallback=False
+        )
         inputs = self.session.get_inputs()
         _check_inputs(self, [i.name for i in inputs])
         self.input_shape = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
@@ -376,9 +379,9 @@ class FusedArtifact(TorchArtifact):
         state = checkpoint['state_dict']
         model.load_state_dict(state)
         dtype = next(t.dtype for t in state.values() if t.is_floating_point())
-        self.module = Deployed(model.to(dtype), dtype).eval()
         if self.metadata.get('layout') == 'channels_last':
-            self.module.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)
+        self.module = Deployed(model.to(dtype), dtype).eval()
 
 
 KINDS: dict[str, type[Artifact]] = {

@@ -19,11 +19,13 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, ensure_safe
+from ..deploy.exported_backbone import introduce, put_in_place
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed
 from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
+from .rescue import keep_results
 from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
 
 
@@ -57,6 +59,18 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     parser = _parser('Evaluate a checkpoint on the test data of a config.')
     parser.add_argument('checkpoint', help='checkpoint file of a training run')
     parser.add_argument('--show-dir', metavar='DIR', help='also draw the predictions into DIR')
+    parser.add_argument(
+        '--backbone',
+        nargs='+',
+        metavar='ARTIFACT',
+        help='run this exported backbone (.onnx, OpenVINO .xml) in place of the network; of '
+        'several with a fixed size, each image takes the smallest that it fits in',
+    )
+    parser.add_argument(
+        '--precision',
+        choices=('f32', 'bf16', 'f16'),
+        help='what an OpenVINO backbone computes in (None: f32)',
+    )
     return _run(_test, parser, argv)
 
 
@@ -184,13 +198,23 @@ def _test(args: argparse.Namespace) -> None:
             )
         cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
+    if args.backbone:
+        put_in_place(cfg, args.backbone, args.precision)
+    elif args.precision:
+        raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
     _prepare(cfg, args, ('test',))
 
     runner = _build_runner(cfg)
+    if args.backbone:
+        for line in introduce(getattr(runner.model, 'module', runner.model), cfg.load_from):
+            _say(line)
     runner.register_hook(RequireFit())
-    runner.test()
+    with keep_results(runner):
+        runner.test()
 
     command = ['python', 'tools/test.py', args.config, args.checkpoint, '--show-dir', 'pictures']
+    if args.backbone:
+        command += ['--backbone', *args.backbone]
     results = Path(runner.log_dir, f'{runner.timestamp}.json')
     _say(
         f'Wrote {_shown(results)} and pictures under {_shown(args.show_dir)}.'
