@@ -3,164 +3,237 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import json
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..engine.errors import run_tool
-from ..reparam import PLANS, reparameterize
-from ..version import __version__
-from .errors import ExportError, UsageError
-from .exporters import Job, quiet
-from .formats import FORMATS, Format, choose_formats
-from .source import Source, load_source
+from rich.console import Console
 
-RANDOM_WEIGHTS = 'random weights: fine for latency, meaningless for accuracy'
-VERBS = ('export', 'formats')
+from ..engine.errors import run_tool
+from ..reparam import PLANS
+from .check import check_folder
+from .exporters import IOS_TARGETS, OPSETS
+from .folders import shown
+from .formats import DYNAMIC, FORMATS, choose_formats
+from .pipeline import Export, Options
+from .report import JSON_NAME, Report, markdown_table
+from .source import load_source
+
+#: Every dtype that a format takes.
+DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
+WIDTH = 200
 
 
 def deploy_main(argv: Sequence[str] | None = None) -> int:
     """Command line of tools/deploy.py; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in (*VERBS, '-h', '--help'):
+    verbs = {'export': _export, 'check': _check, 'formats': _formats}
+    parser, names = _parser(verbs)
+    if arguments and arguments[0] not in (*names, '-h', '--help'):
         arguments.insert(0, 'export')
-    args = _parser().parse_args(arguments)
+    args = parser.parse_args(arguments)
     # A job that is told to end clears up as one that is interrupted does.
     signal.signal(signal.SIGTERM, _interrupt)
-    return run_tool(lambda: args.run(args))
+    return run_tool(lambda: verbs[args.verb](args))
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[str]]:
+    defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        prog='deploy.py', description='Fuse a backbone and export it, proven equal.'
+        prog='deploy.py',
+        description='Fuse a backbone, export it, and prove the artifact equal.',
+        epilog='deploy.py MODEL ... is short for deploy.py export MODEL ...; '
+        'deploy.py export --help lists its options.',
     )
-    verbs = parser.add_subparsers(required=True, metavar='VERB')
-    export = verbs.add_parser(
-        'export',
-        help='fuse and export (what is done where no verb is given)',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    subparsers = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+    export = subparsers.add_parser(
+        'export', help='fuse and export (also without a verb)', formatter_class=defaults
     )
-    export.set_defaults(run=_export)
-    export.add_argument('model', help='arch name such as repnext_m0, a config, or a fused .pth')
-    export.add_argument('checkpoint', nargs='?', help='weights: a file, URL or published name')
-    export.add_argument(
-        '--format', default='onnx', help=f'comma list of {", ".join(FORMATS)}; or all'
+    add = export.add_argument
+    add('model', help='arch name such as repnext_m0, a config, or a (fused) weight file')
+    add('checkpoint', nargs='?', help='weights: a file, a URL or a published name; random without')
+    add('--format', default='onnx', help=f'comma list of {", ".join(FORMATS)}; or all')
+    add('--size', type=_sizes, default='512', help='512 or HxW; a comma list exports one each')
+    add('--batch', type=_positive, default=1, help='number of images')
+    add('--out-indices', type=_indices, help="stages to return, such as 1,2,3 (None: the config's)")
+    add('--plan', choices=PLANS, default='exact', help='how far to fuse')
+    add(
+        '--dtype',
+        choices=DTYPES,
+        help='to compute in (None: fp16 in coreml, else fp32)',
     )
-    export.add_argument('--size', type=_size, default='512', help='height and width: 512 or HxW')
-    export.add_argument('--batch', type=int, default=1, help='number of images')
-    export.add_argument('--plan', choices=PLANS, default='exact', help='how far to fuse')
-    export.add_argument('--dtype', default='fp32', help='what the artifact computes in')
-    export.add_argument('--dynamic', choices=('none', 'batch', 'hw'), default='none')
-    export.add_argument('--opset', type=int, default=18, help='ONNX operator set')
-    export.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='for aoti')
-    export.add_argument('--work-dir', type=Path, help='output folder')
-    export.add_argument('--force', action='store_true', help='replace what is there')
-    export.add_argument('--seed', type=int, default=0, help='of random weights and inputs')
-    formats = verbs.add_parser('formats', help='list the formats')
-    formats.set_defaults(run=_formats)
-    return parser
+    add(
+        '--dynamic',
+        choices=DYNAMIC,
+        default='none',
+        help='leave batch, or height and width, open',
+    )
+    add('--preprocess', choices=('none', 'embed'), default='none',
+        help="build the config's data_preprocessor into the artifact")  # fmt: skip
+    add('--opset', type=int, choices=OPSETS, help=f'of ONNX (None: {OPSETS[0]})')
+    add('--ios-target', type=int, choices=IOS_TARGETS, help=f'oldest iOS (None: {IOS_TARGETS[0]})')
+    add('--device', choices=('cpu', 'cuda'), help='what aoti compiles for (None: cpu)')
+    add('--parity', choices=('on', 'off'), default='on', help='run and compare every artifact')
+    add('--parity-input', type=Path, metavar='IMG', help='compare on this image, not on noise')
+    add('--allow-odd', action='store_true', help='take sizes that the strides do not divide')
+    add('--allow-partial', action='store_true', help='take checkpoints that match in part')
+    add('--work-dir', type=Path, help='output folder (None: work_dirs/deploy/MODEL)')
+    add('--force', action='store_true', help='replace artifacts that are there')
+    add('--strict', action='store_true', help='stop at a warning about a package')
+    add('--seed', type=int, default=0, help='of random weights and of the images to compare on')
+    _add_output(export)
+
+    check = subparsers.add_parser(
+        'check', help='compare the artifacts of a folder again', formatter_class=defaults
+    )
+    check.add_argument('folder', type=Path, help='an output folder, or the report.json in it')
+    _add_output(check)
+
+    formats = subparsers.add_parser('formats', help='list the formats')
+    formats.add_argument('--json', action='store_true', help='as JSON')
+    return parser, list(verbs)
 
 
-def _size(text: str) -> tuple[int, int]:
-    sides = text.lower().split('x')
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not a size: give 512, or HxW such as 800x1344'
-        )
-    height, width = (int(sides[0]), int(sides[-1]))
-    return height, width
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--json', action='store_true', help='print the report alone, as JSON')
+    parser.add_argument('--quiet', action='store_true', help='print errors alone')
 
 
-def _formats(args: argparse.Namespace) -> None:
-    for row in FORMATS.values():
-        print(f'{row.name:12} {row.suffix:14} {row.title}')
+def _sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for part in text.lower().split(','):
+        sides = part.split('x')
+        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is not a size; give 512, HxW as 800x1344, or several with commas'
+            )
+        sizes.append((int(sides[0]), int(sides[-1])))
+    return sizes
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdigit() for part in text.split(',')):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of stages; give 0,1,2,3 or fewer')
+    return tuple(int(part) for part in text.split(','))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return int(text)
+
+
+# --- the verbs
 
 
 def _export(args: argparse.Namespace) -> None:
-    formats = choose_formats(args.format)
-    for row in formats:
-        row.check_installed()
-    source = load_source(args.model, args.checkpoint, seed=args.seed)
-    if source.weights == 'random':
-        print(
-            'warning: random weights: fine for latency, meaningless for accuracy', file=sys.stderr
-        )
-    fused = reparameterize(source.model, args.plan)
-    job = make_job(source, fused, args)
-    folder = args.work_dir or Path('work_dirs', 'deploy', source.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = artifact_stem(source, job)
-    targets = {row.name: folder / f'{stem}{row.suffix}' for row in formats}
-    if not args.force and (there := [path for path in targets.values() if path.exists()]):
-        raise UsageError(f'{there[0]} exists already; add --force to replace it.')
-    with tempfile.TemporaryDirectory(prefix=f'.partial-{os.getpid()}-', dir=folder) as partial:
-        for row in formats:
-            target = targets[row.name]
-            seconds = write_artifact(row, job, Path(partial), target)
-            print(f'{row.name}: {target} ({seconds:.1f} s)')
-
-
-def make_job(source: Source, fused: Any, args: argparse.Namespace) -> Job:
-    model = source.model
-    metadata = {
-        'version': __version__,
-        'family': type(model).__name__,
-        'arch': source.arch,
-        'plan': fused.plan,
-        'out_indices': list(model.out_indices),
-        'out_channels': list(model.out_channels),
-        'out_strides': list(model.out_strides),
-        'size': list(args.size),
-        'batch': args.batch,
-        'dynamic': args.dynamic,
-        'dtype': args.dtype,
-        'weights': source.weights,
-        'checkpoint_sha256': source.checkpoint_sha256,
-        'layout': 'NCHW',
-        'device': args.device,
-    }
-    return Job(
-        fused,
-        args.size,
-        tuple(f'stage{i}' for i in model.out_indices),
-        metadata,
+    names = args.format.split(',')
+    formats = [(row, row.name in names) for row in choose_formats(args.format)]
+    others = {name: getattr(args, name) for name in ('opset', 'ios_target', 'device')}
+    log = _log(args)
+    source = load_source(
+        args.model,
+        args.checkpoint,
+        out_indices=args.out_indices,
+        allow_partial=args.allow_partial,
+        seed=args.seed,
+    )
+    options = Options(
+        formats,
+        sizes=args.size,
         batch=args.batch,
-        dynamic=args.dynamic,
+        plan=args.plan,
         dtype=args.dtype,
-        opset=args.opset,
-        device=args.device,
+        dynamic=args.dynamic,
+        preprocess=args.preprocess == 'embed',
+        parity=args.parity == 'on',
+        parity_input=args.parity_input,
+        allow_odd=args.allow_odd,
+        force=args.force,
+        strict=args.strict,
+        seed=args.seed,
+        others=tuple((name, value) for name, value in others.items() if value is not None),
+    )
+    folder = args.work_dir or Path('work_dirs', 'deploy', source.name)
+    export = Export(source, options, folder, log)
+    report = export.run()
+    _finish(args, report, log)
+    export.raise_failures()
+    if not args.json and not args.quiet:
+        print(
+            f'Wrote {shown(folder / JSON_NAME)}; next: python tools/deploy.py check {shown(folder)}'
+        )
+
+
+def _check(args: argparse.Namespace) -> None:
+    log = _log(args)
+    report = Report.load(args.folder)
+    try:
+        check_folder(report, log)
+    finally:
+        _finish(args, report, log)
+
+
+def _formats(args: argparse.Namespace) -> None:
+    rows = [
+        {
+            'name': row.name,
+            'title': row.title,
+            'suffix': row.suffix,
+            'dtypes': list(row.dtypes),
+            'dynamic': [name for name, refused in row.dynamic.items() if not refused],
+            'options': [f'--{name.replace("_", "-")}' for name in row.options],
+            'runtime': row.runtime,
+            'requires': list(row.packages.values()),
+            'missing': row.missing(),
+            'in_all': row.in_all,
+        }
+        for row in FORMATS.values()
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print('\n'.join(format_table()))
+
+
+def format_table() -> list[str]:
+    """The table of formats, as lines of Markdown."""
+    header = ('format', 'what', 'file', 'dtypes', 'dynamic', 'options', 'needs')
+    return markdown_table(
+        header,
+        [
+            (
+                f'`{row.name}`',
+                row.title,
+                f'`{row.suffix}`',
+                ', '.join(row.dtypes),
+                ', '.join(name for name, refused in row.dynamic.items() if not refused),
+                ', '.join(f'`--{name.replace("_", "-")}`' for name in row.options) or '-',
+                ', '.join(f'`{name}`' for name in row.packages.values()) or '-',
+            )
+            for row in FORMATS.values()
+        ],
     )
 
 
-def artifact_stem(source: Source, job: Job) -> str:
-    """`NAME_512x512_b1_PLAN_DTYPE`, and what is open in it."""
-    height, width = job.size
-    dynamic = '' if job.dynamic == 'none' else f'_{job.dynamic}'
-    plan = job.metadata['plan']
-    return f'{source.name}_{height}x{width}_b{job.batch}_{plan}_{job.dtype}{dynamic}'
+def _log(args: argparse.Namespace) -> Console:
+    """Where progress goes: stdout for people, stderr beside JSON, nowhere if it is to be quiet."""
+    console = Console(stderr=args.json, quiet=args.quiet)
+    if not console.is_terminal:  # a file needs no folded lines
+        console.width = WIDTH
+    return console
 
 
-def write_artifact(row: Format, job: Job, partial: Path, target: Path) -> float:
-    """Export to `partial` and, when whole, move to `target`; returns the seconds it took."""
-    start = time.perf_counter()
-    written = partial / target.name
-    try:
-        with quiet():
-            row.export(job, written)
-    except Exception as error:
-        text = ' '.join(str(error).split())[:300]
-        raise ExportError(f'{row.name} could not be exported: {text}') from error
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(written, target)
-    return time.perf_counter() - start
+def _finish(args: argparse.Namespace, report: Report, log: Console) -> None:
+    if args.json:
+        print(report.as_json())
+    else:
+        report.show(log)

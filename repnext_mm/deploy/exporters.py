@@ -11,37 +11,79 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.torch_version import TorchVersion
 
+from .errors import DependencyError
 from .runtimes import METADATA_KEY
 
 INPUT = 'image'
+#: What torch.onnx writes and ONNX Runtime takes; below 18 it converts, and that fails for some.
+OPSETS = (18, 19, 20, 21, 22, 23)
+IOS_TARGETS = (15, 16, 17, 18, 26)
 #: What an artifact computes in, by the name on the command line.
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a data preprocessor does to an image with values from 0 to 255.
+
+    Args:
+        mean: Per channel, in the order after `swap`.
+        std: As `mean`.
+        swap: Whether red and blue change places first.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    swap: bool
+
+    def apply(self, image: Tensor) -> Tensor:
+        """`(N, 3, H, W)` as loaded to what the backbone takes."""
+        mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return ((image.flip(1) if self.swap else image) - mean) / std
+
+    def undo(self, image: Tensor) -> Tensor:
+        """The image that `apply` makes `image` of."""
+        mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        raw = image * std + mean
+        return raw.flip(1) if self.swap else raw
 
 
 class Deployed(nn.Module):
     """A backbone as every artifact presents it: `image (N, 3, H, W)` float32 to float32 stages.
 
     Args:
-        backbone: The fused backbone, already in the dtype to compute in.
-        dtype: That dtype; images and outputs are converted where it is not float32.
+        backbone: The backbone, already in the dtype to compute in.
+        dtype: That dtype where it is not the image's: images and outputs are converted.
+        preprocess: Applied first, where the artifact takes images as they were loaded.
     """
 
-    def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dtype: torch.dtype | None = None,
+        preprocess: Preprocess | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.dtype = dtype
+        self.preprocess = preprocess
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        if self.dtype == torch.float32:
+        if self.preprocess is not None:
+            image = self.preprocess.apply(image)
+        if self.dtype is None:
             return self.backbone(image)
         return tuple(stage.float() for stage in self.backbone(image.to(self.dtype)))
 
@@ -60,6 +102,7 @@ class Job:
         opset: ONNX operator set.
         ios_target: Oldest iOS that must run a Core ML model.
         device: What AOTInductor compiles for, 'cpu' or 'cuda'.
+        preprocess: Built into the artifact.
     """
 
     model: nn.Module
@@ -69,18 +112,22 @@ class Job:
     batch: int = 1
     dynamic: str = 'none'
     dtype: str = 'fp32'
-    opset: int = 18
-    ios_target: int = 15
+    opset: int = OPSETS[0]
+    ios_target: int = IOS_TARGETS[0]
     device: str = 'cpu'
+    preprocess: Preprocess | None = None
     _programs: dict[tuple[str, str], ExportedProgram] = field(default_factory=dict, repr=False)
 
     def deployed(self, dtype: str | None = None) -> Deployed:
         """The module that is traced, in the dtype of the job or the one asked for."""
         chosen = DTYPES[dtype or self.dtype]
-        model = self.model
-        if chosen != torch.float32:
-            model = copy.deepcopy(model).to(chosen)
-        return Deployed(model, chosen).eval()
+        if chosen == torch.float32:
+            return Deployed(self.model, None, self.preprocess).eval()
+        return Deployed(copy.deepcopy(self.model).to(chosen), chosen, self.preprocess).eval()
+
+    def with_preprocess(self, model: nn.Module) -> Deployed:
+        """Another form of the network, on the same images."""
+        return Deployed(model, None, self.preprocess).eval()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -114,8 +161,7 @@ class Job:
 
 def export_pth(job: Job, path: Path) -> None:
     """The fused state dict, for this package's own backbone with `deploy=`."""
-    dtype = DTYPES[job.dtype]
-    state = {name: tensor.to(dtype) for name, tensor in job.model.state_dict().items()}
+    state = job.deployed().backbone.state_dict()
     torch.save({'state_dict': state, 'meta': {METADATA_KEY: job.metadata_text}}, path)
 
 
@@ -171,12 +217,60 @@ def export_openvino(job: Job, path: Path) -> None:
 
 def export_torchscript(job: Job, path: Path) -> None:
     """A traced module, the bridge to tools that read nothing newer."""
-    torch.jit.save(trace(job), path, _extra_files={METADATA_KEY: job.metadata_text})
+    module = torch.jit.freeze(trace(job))
+    torch.jit.save(module, path, _extra_files={METADATA_KEY: job.metadata_text})
 
 
-def trace(job: Job) -> torch.jit.ScriptModule:
+def trace(job: Job, dtype: str | None = None) -> torch.jit.ScriptModule:
+    """The traced module, in the dtype of the job or the one asked for."""
     with torch.no_grad():
-        return torch.jit.freeze(torch.jit.trace(job.deployed(), job.example, check_trace=False))
+        return torch.jit.trace(job.deployed(dtype), job.example, check_trace=False).eval()
+
+
+def check_coreml() -> list[str]:
+    """What to be warned of before a conversion.
+
+    Raises:
+        DependencyError: coremltools came without the library that writes weights.
+    """
+    with quiet():
+        import coremltools
+        from coremltools import _deps
+    try:
+        from coremltools.libmilstoragepython import _BlobStorageWriter  # noqa: F401
+    except ImportError as error:
+        raise DependencyError(
+            f'coremltools {coremltools.__version__} came without its native library here, as pip '
+            'installs it where there is no wheel for this Python; use Python 3.10 to 3.13 on '
+            'Linux or macOS.'
+        ) from error
+    tested = getattr(_deps, '_TORCH_MAX_VERSION', None)
+    if tested and TorchVersion(torch.__version__.split('+')[0]) > TorchVersion(tested):
+        return [
+            f'coremltools {coremltools.__version__} is tested by its makers up to torch {tested}, '
+            f'and this is torch {torch.__version__}'
+        ]
+    return []
+
+
+def export_coreml(job: Job, path: Path) -> None:
+    """A Core ML program (`.mlpackage`) with float32 inputs and outputs."""
+    import coremltools
+
+    precision = coremltools.precision
+    model = coremltools.convert(
+        trace(job, 'fp32'),
+        inputs=[coremltools.TensorType(INPUT, shape=job.shape, dtype=np.float32)],
+        outputs=[coremltools.TensorType(name=name, dtype=np.float32) for name in job.output_names],
+        convert_to='mlprogram',
+        compute_precision=precision.FLOAT16 if job.dtype == 'fp16' else precision.FLOAT32,
+        minimum_deployment_target=coremltools.target[f'iOS{job.ios_target}'],
+        skip_model_load=True,
+    )
+    model.short_description = '{family} {arch}, fused with plan {plan}'.format(**job.metadata)
+    model.version = job.metadata['version']
+    model.user_defined_metadata[METADATA_KEY] = job.metadata_text
+    model.save(str(path))
 
 
 @contextmanager
@@ -187,7 +281,7 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter('ignore')
             yield
     finally:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import exporters
+from . import exporters, inspection
 from .errors import DependencyError, UsageError
 from .exporters import Job
+
+#: What `--dynamic` takes.
+DYNAMIC: tuple[str, ...] = ('none', 'batch', 'hw')
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,15 @@ class Format:
         suffix: What the name of an artifact ends with.
         title: One line for people.
         export: Writes an artifact to a path.
+        operations: Counts the operations in an artifact.
         runtime: What runs an artifact here; None where nothing on this system can.
         dtypes: What `--dtype` may be, the default first.
-        dynamic: What `--dynamic` may be.
+        dynamic: For each value of `--dynamic`, why it is refused; empty where it is taken.
         packages: What must be installed, by import name.
         extra: The extra of this package that installs it.
         options: Further options that this format takes.
         main: The file inside, for a format that is a folder.
+        check: Says what to be warned of before anything is written.
         in_all: Whether `--format all` includes it.
     """
 
@@ -37,13 +43,15 @@ class Format:
     suffix: str
     title: str
     export: Callable[[Job, Path], None]
+    operations: Callable[[Path], Counter[str]]
     runtime: str | None
     dtypes: tuple[str, ...] = ('fp32', 'fp16', 'bf16')
-    dynamic: tuple[str, ...] = ('none', 'batch', 'hw')
+    dynamic: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(DYNAMIC, ''))
     packages: Mapping[str, str] = field(default_factory=dict)
     extra: str | None = None
     options: tuple[str, ...] = ()
     main: str | None = None
+    check: Callable[[], list[str]] = list
     in_all: bool = True
 
     def missing(self) -> list[str]:
@@ -65,6 +73,10 @@ class Format:
         return path / self.main if self.main else path
 
 
+FIXED_COREML = (
+    'its upsampling wants fixed sizes, and open ones cannot be verified without macOS; export one '
+    'artifact per size: --size 512,800x1344'
+)
 ONNX_PACKAGES = {
     'onnx': 'onnx>=1.18',
     'onnxscript': 'onnxscript>=0.6.2',
@@ -81,14 +93,15 @@ FORMATS: dict[str, Format] = {
             '.pth',
             'fused weights for this package (deploy=True)',
             exporters.export_pth,
+            inspection.operations_pth,
             runtime='torch',
-            dtypes=('fp32',),
         ),
         Format(
             'pt2',
             '.pt2',
             'torch.export program',
             exporters.export_pt2,
+            inspection.operations_pt2,
             runtime='torch.export',
         ),
         Format(
@@ -96,6 +109,7 @@ FORMATS: dict[str, Format] = {
             '.aoti.pt2',
             'AOTInductor package, compiled for this machine',
             exporters.export_aoti,
+            inspection.operations_aoti,
             runtime='aotinductor',
             options=('device',),
         ),
@@ -104,6 +118,7 @@ FORMATS: dict[str, Format] = {
             '.onnx',
             'ONNX, in one file',
             exporters.export_onnx,
+            inspection.operations_onnx,
             runtime='onnxruntime',
             dtypes=('fp32', 'fp16', 'int8'),
             packages=ONNX_PACKAGES,
@@ -115,6 +130,7 @@ FORMATS: dict[str, Format] = {
             '_openvino',
             'OpenVINO IR, a folder with .xml and .bin',
             exporters.export_openvino,
+            inspection.operations_openvino,
             runtime='openvino',
             dtypes=('fp32', 'fp16', 'int8'),
             packages=OPENVINO_PACKAGES,
@@ -122,10 +138,25 @@ FORMATS: dict[str, Format] = {
             main='model.xml',
         ),
         Format(
+            'coreml',
+            '.mlpackage',
+            'Core ML program',
+            exporters.export_coreml,
+            inspection.operations_coreml,
+            runtime=None,
+            dtypes=('fp16', 'fp32'),
+            dynamic={'none': '', 'batch': FIXED_COREML, 'hw': FIXED_COREML},
+            packages=COREML_PACKAGES,
+            extra='coreml',
+            options=('ios_target',),
+            check=exporters.check_coreml,
+        ),
+        Format(
             'torchscript',
             '.torchscript',
             'TorchScript, a bridge to older tools',
             exporters.export_torchscript,
+            inspection.operations_torchscript,
             runtime='torchscript',
             in_all=False,
         ),

@@ -1,0 +1,222 @@
+"""What a run of tools/deploy.py leaves beside its artifacts: report.json and report.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..timing import environment
+from .errors import UsageError
+
+SCHEMA_VERSION = 1
+JSON_NAME, MARKDOWN_NAME = 'report.json', 'report.md'
+COLUMNS = ('format', 'dtype', 'status', 'MB', 'max rel err', 'SQNR dB', 'p50 ms (p90)',
+           'vs branches', 'file')  # fmt: skip
+#: Packages whose versions decide what is written and how fast it is.
+PACKAGES = ('onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'coremltools')
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """Everything that is known of the artifacts in one folder; `data` is report.json."""
+
+    folder: Path
+    data: Record = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, folder: Path, model: Record, plan: Record) -> Report:
+        """A report with no artifact yet."""
+        return cls(
+            folder,
+            {
+                'schema_version': SCHEMA_VERSION,
+                'status': 'ok',
+                'model': model,
+                'plan': plan,
+                'artifacts': [],
+                'parity': [],
+                'latency': [],
+                'env': environment.describe(PACKAGES),
+                'warnings': [],
+                'skipped': [],
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read the report in a folder, or the file itself.
+
+        Raises:
+            UsageError: There is none, or it is not one of this version.
+        """
+        file = path / JSON_NAME if path.is_dir() else path
+        try:
+            data = json.loads(file.read_text('utf-8'))
+        except FileNotFoundError as error:
+            raise UsageError(
+                f'{file} does not exist; give the folder that an export was written to.'
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f'{file} cannot be read as a report: {error}.') from error
+        if not isinstance(data, dict) or data.get('schema_version') != SCHEMA_VERSION:
+            raise UsageError(
+                f'{file} is not a report of this version (schema {SCHEMA_VERSION}); export again.'
+            )
+        return cls(file.parent, data)
+
+    def keep(self, earlier: Report) -> None:
+        """Take over what an earlier run in this folder knows of artifacts that are still there."""
+        own = {record['path'] for record in self.data['artifacts']}
+        for record in earlier.data['artifacts']:
+            path = self.folder / record['path']
+            if record['path'] in own or not path.exists():
+                continue
+            self.data['artifacts'].append(record)
+            for part in ('parity', 'latency'):
+                self.data[part] += [
+                    row for row in earlier.data[part] if row['path'] == record['path']
+                ]
+
+    def save(self) -> None:
+        """Write report.json and report.md, each whole or not at all."""
+        write_text(self.folder / JSON_NAME, self.as_json() + '\n')
+        write_text(self.folder / MARKDOWN_NAME, self.markdown())
+
+    def as_json(self) -> str:
+        """What stands in report.json."""
+        return json.dumps(_plain(self.data), indent=1, allow_nan=False)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of `COLUMNS` per artifact."""
+        return [self._row(record) for record in self.data['artifacts']]
+
+    def _row(self, record: Record) -> tuple[str, ...]:
+        parity = [row for row in self.data['parity'] if row['path'] == record['path']]
+        latency = [row for row in self.data['latency'] if row['path'] == record['path']]
+        worst = max((row['max_rel'] for row in parity), key=_number, default=None)
+        sqnr = min((row['sqnr_db'] for row in parity), key=_number, default=None)
+        return (
+            record['format'],
+            record['dtype'],
+            record['status'],
+            f'{record["bytes"] / 1e6:.1f}',
+            '-' if worst is None else f'{_number(worst):.1e}',
+            '-' if sqnr is None else f'{_number(sqnr):.0f}',
+            ', '.join(map(_timing, latency)) or '-',
+            ', '.join(map(_ratio, latency)) or '-',
+            record['path'],
+        )
+
+    def markdown(self) -> str:
+        """The report for people."""
+        data = self.data
+        model, plan = data['model'], data['plan']
+        lines = [
+            f'# {model["name"]}',
+            '',
+            f'{model["arch"]}, {model["weights_source"]} weights'
+            + (f' from `{model["checkpoint"]}`' if model['checkpoint'] else '')
+            + f'; {model["params"] / 1e6:.2f} M parameters, {model["macs"] / 1e9:.2f} G MACs per '
+            f'{model["size"][0]}x{model["size"][1]} image.',
+            '',
+            f'Plan `{plan["name"]}`: {plan["convs_before"]} to {plan["convs_after"]} convolutions, '
+            f'{plan["bn_left"]} BatchNorm left; {plan["why"]}.',
+            '',
+            *markdown_table(COLUMNS, self.rows()),
+            '',
+        ]
+        for title, items in (
+            ('Warnings', data['warnings']),
+            ('Skipped', [f'{s["format"]}: {s["reason"]} ({s["fix"]})' for s in data['skipped']]),
+        ):
+            if items:
+                lines += [f'## {title}', '', *(f'- {item}' for item in items), '']
+        lines += ['## Machine', '', environment.summary(data['env']), '']
+        return '\n'.join(lines)
+
+    def show(self, console: Console) -> None:
+        """Print the table."""
+        table = Table(box=None, pad_edge=False, header_style='bold')
+        rows = self.rows()
+        used = [i for i, _ in enumerate(COLUMNS) if any(row[i] != '-' for row in rows)]
+        for i in used:
+            table.add_column(COLUMNS[i], overflow='fold')
+        for row in rows:
+            table.add_row(*(row[i] for i in used))
+        console.print(table)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [header, ['---'] * len(header), *rows]
+    return [f'| {" | ".join(line)} |' for line in lines]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f'.partial-{os.getpid()}-{path.name}')
+    try:
+        part.write_text(text, 'utf-8')
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    total = hashlib.sha256()
+    files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            total.update(f'{file.relative_to(path)}\n{file.stat().st_size}\n'.encode())
+        with file.open('rb') as stream:
+            while block := stream.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob('*') if p.is_file())
+    return path.stat().st_size
+
+
+def _timing(row: Record) -> str:
+    p50 = '-' if row.get('p50') is None else f'{row["p50"]:.2f}'
+    p90 = '' if row.get('p90') is None else f' ({row["p90"]:.2f})'
+    return f'{row["runtime"]} {row["precision"]} {p50}{p90}'
+
+
+def _ratio(row: Record) -> str:
+    if row.get('ratio') is None:
+        return '-'
+    low, high = row['ci95']
+    return f'{row["ratio"]:.2f} [{low:.2f}, {high:.2f}]'
+
+
+def _plain(value: Any) -> Any:
+    """`value` with what JSON has no number for (NaN, infinities) as text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _number(value: float | str) -> float:
+    """A number of a report, read back from text where JSON has none for it."""
+    return float(value)
