@@ -29,6 +29,8 @@ from .runtimes import METADATA_KEY
 INPUT = 'image'
 #: What torch.onnx writes and ONNX Runtime takes; below 18 it converts, and that fails for some.
 OPSETS = (18, 19, 20, 21, 22, 23)
+#: At least so large is the image that an open height and width are traced with.
+TRACED_SIDE = 320
 IOS_TARGETS = (15, 16, 17, 18, 26)
 #: What an artifact computes in, by the name on the command line.
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -138,8 +140,11 @@ class Job:
         """An image batch to trace with."""
         # A batch of one would be taken for a constant where the batch is to stay open.
         batch = max(self.batch, 2) if self.dynamic == 'batch' else self.batch
+        # Nor may a map of one or two pixels be, where height and width are.
+        least = TRACED_SIDE if self.dynamic == 'hw' else 1
+        height, width = (max(side, least) for side in self.size)
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, 3, *self.size, generator=generator)
+        return torch.randn(batch, 3, height, width, generator=generator)
 
     def program(self, dtype: str | None = None, device: str = 'cpu') -> ExportedProgram:
         """The exported program that most formats are made from; traced once for all of them."""

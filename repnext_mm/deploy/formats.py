@@ -32,10 +32,11 @@ class Format:
         dtypes: What `--dtype` may be, the default first.
         dynamic: For each value of `--dynamic`, why it is refused; empty where it is taken.
         packages: What must be installed, by import name.
-        extra: The extra of this package that installs it.
+        int8_packages: What `--dtype int8` needs besides.
         options: Further options that this format takes.
         main: The file inside, for a format that is a folder.
         check: Says what to be warned of before anything is written.
+        companions: Files of this package that are shipped beside an artifact.
         in_all: Whether `--format all` includes it.
     """
 
@@ -48,21 +49,21 @@ class Format:
     dtypes: tuple[str, ...] = ('fp32', 'fp16', 'bf16')
     dynamic: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(DYNAMIC, ''))
     packages: Mapping[str, str] = field(default_factory=dict)
-    extra: str | None = None
+    int8_packages: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     main: str | None = None
     check: Callable[[], list[str]] = list
+    companions: tuple[str, ...] = ()
     in_all: bool = True
 
-    def missing(self) -> list[str]:
+    def missing(self, dtype: str | None = None) -> list[str]:
         """Requirements that are not installed."""
-        return [
-            r for module, r in self.packages.items() if importlib.util.find_spec(module) is None
-        ]
+        needed = {**self.packages, **(self.int8_packages if dtype == 'int8' else {})}
+        return [name for module, name in needed.items() if not _installed(module)]
 
-    def check_installed(self) -> None:
+    def check_installed(self, dtype: str | None = None) -> None:
         """Raise DependencyError, with the command that mends it, where a package is missing."""
-        if missing := self.missing():
+        if missing := self.missing(dtype):
             raise DependencyError(
                 f'--format {self.name} needs {", ".join(missing)}, not installed here; '
                 f'run: {install_command(missing)}'
@@ -84,6 +85,7 @@ ONNX_PACKAGES = {
 }
 OPENVINO_PACKAGES = {'openvino': 'openvino>=2025.2'}
 COREML_PACKAGES = {'coremltools': 'coremltools>=9.0'}
+NNCF = {'nncf': 'nncf>=2.18'}
 
 FORMATS: dict[str, Format] = {
     row.name: row
@@ -122,7 +124,6 @@ FORMATS: dict[str, Format] = {
             runtime='onnxruntime',
             dtypes=('fp32', 'fp16', 'int8'),
             packages=ONNX_PACKAGES,
-            extra='onnx',
             options=('opset',),
         ),
         Format(
@@ -134,7 +135,7 @@ FORMATS: dict[str, Format] = {
             runtime='openvino',
             dtypes=('fp32', 'fp16', 'int8'),
             packages=OPENVINO_PACKAGES,
-            extra='openvino',
+            int8_packages=NNCF,
             main='model.xml',
         ),
         Format(
@@ -147,9 +148,9 @@ FORMATS: dict[str, Format] = {
             dtypes=('fp16', 'fp32'),
             dynamic={'none': '', 'batch': FIXED_COREML, 'hw': FIXED_COREML},
             packages=COREML_PACKAGES,
-            extra='coreml',
             options=('ios_target',),
             check=exporters.check_coreml,
+            companions=('verify_on_mac.py',),
         ),
         Format(
             'torchscript',
@@ -164,7 +165,15 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
 def install_command(requirements: Sequence[str]) -> str:
+    """What to type to get them."""
     return f'pip install {shlex.join(requirements)}'
 
 
