@@ -1,0 +1,219 @@
+"""Images to calibrate int8 on: from a folder, or from the data set of an mmdet or mmseg config."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import UsageError
+from .exporters import Preprocess
+
+#: Fewer images are refused, and below the second number there is a warning: ranges of activations
+#: are then those of single images.
+MIN_IMAGES, ENOUGH_IMAGES = 16, 128
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+#: What most configs of mm do to an image, which they load as BGR.
+IMAGENET = Preprocess(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), swap=True)
+#: For an artifact that normalises by itself.
+RAW = Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), swap=False)
+#: Correlation of neighbouring pixels: above 0.8 in photographs and drawings, 0 in noise.
+LEAST_CORRELATION = 0.5
+
+
+class CalibrationImages(Sequence[np.ndarray]):
+    """Images as a backbone takes them, `(1, 3, H, W)` float32 each, read when asked for.
+
+    Args:
+        size: H and W; images are scaled to cover it and cropped at the centre.
+        preprocess: Applied to the images as OpenCV loads them, BGR from 0 to 255.
+        limit: At most so many images, chosen at random, but the same ones each time.
+        count: How many there are.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], preprocess: Preprocess, limit: int | None, count: int
+    ) -> None:
+        self.size = size
+        self.preprocess = preprocess
+        order = list(range(count))
+        random.Random(0).shuffle(order)
+        self.order = order[:limit]
+
+    @abstractmethod
+    def load(self, index: int) -> Tensor:
+        """Image number `index` as loaded, `(3, h, w)` of any size, BGR from 0 to 255."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        image = cover(self.load(self.order[index]).float()[None], self.size)
+        return self.preprocess.apply(image).numpy()
+
+
+class FolderImages(CalibrationImages):
+    """Images below a folder."""
+
+    def __init__(self, folder: Path, size: Any, preprocess: Any, limit: Any) -> None:
+        self.files = sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+        super().__init__(size, preprocess, limit, len(self.files))
+
+    def load(self, index: int) -> Tensor:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(self.files[index]) as image:
+                pixels = np.asarray(image.convert('RGB'))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UsageError(
+                f'the calibration image {self.files[index]} cannot be read ({error}); replace or '
+                'remove it.'
+            ) from error
+        return torch.from_numpy(pixels.transpose(2, 0, 1)[::-1].copy())
+
+
+class DatasetImages(CalibrationImages):
+    """Images of a config's training data (test data without), through its test pipeline."""
+
+    def __init__(self, dataset: Any, size: Any, preprocess: Any, limit: Any) -> None:
+        self.dataset = dataset
+        super().__init__(size, preprocess, limit, len(dataset))
+
+    def load(self, index: int) -> Tensor:
+        from mmengine.registry import DefaultScope
+
+        with DefaultScope.overwrite_default_scope(self.dataset.scope):
+            inputs = self.dataset[index]['inputs']
+        return inputs[0] if isinstance(inputs, list) else inputs  # several under test-time changes
+
+
+def calibration_images(
+    source: str | Path,
+    size: tuple[int, int],
+    preprocess: Preprocess | None = None,
+    limit: int | None = ENOUGH_IMAGES,
+    options: Mapping[str, Any] | None = None,
+) -> CalibrationImages:
+    """The images of a folder, or of the data set of a config.
+
+    Args:
+        source: A folder, searched in depth, or a config file (.py).
+        size: H and W that the artifact takes.
+        preprocess: None takes the config's `data_preprocessor`, and for a folder `IMAGENET`.
+        limit: At most so many.
+        options: Settings of the config to override, as `--cfg-options` does.
+
+    Raises:
+        UsageError: There is no such source, or it has fewer than `MIN_IMAGES` images.
+        UserError: The config or its data cannot be read.
+    """
+    path = Path(source)
+    images: CalibrationImages
+    if path.suffix == '.py':
+        dataset, own = _dataset(path, options or {})
+        images = DatasetImages(dataset, size, preprocess or own, limit)
+    elif path.is_dir():
+        images = FolderImages(path, size, preprocess or IMAGENET, limit)
+    else:
+        raise UsageError(
+            f'--calib {source} is neither a folder of images nor a config (.py); int8 is '
+            'calibrated on images like those it will see, never on random numbers.'
+        )
+    check_count(len(images), str(source))
+    return images
+
+
+def check_count(count: int, source: str) -> None:
+    """Raise UsageError for too few images."""
+    if count < MIN_IMAGES:
+        raise UsageError(
+            f'{source} has {count} images for calibration; give at least {MIN_IMAGES}, better '
+            f'{ENOUGH_IMAGES} or more.'
+        )
+
+
+def check_pictures(images: Sequence[np.ndarray]) -> None:
+    """Refuse noise and blank images.
+
+    Raises:
+        UsageError: Neighbouring pixels have nothing to do with each other.
+    """
+    correlations = []
+    for image in images:
+        pairs = image[..., :-1].ravel(), image[..., 1:].ravel()
+        flat = min(pair.std() for pair in pairs) == 0
+        correlations.append(0.0 if flat else float(np.corrcoef(*pairs)[0, 1]))
+    if np.median(correlations) < LEAST_CORRELATION:
+        raise UsageError(
+            'the calibration images are noise or blank (correlation of neighbouring pixels '
+            f'{np.median(correlations):.2f}, in pictures above {LEAST_CORRELATION}); random '
+            'calibration data is refused, for it gives ranges that real images leave.'
+        )
+
+
+def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(N, 3, h, w)` scaled, with its shape kept, until it covers `size`, and cropped to it."""
+    height, width = image.shape[2:]
+    scale = max(size[0] / height, size[1] / width)
+    if scale != 1:
+        scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+        image = F.interpolate(image, scaled, mode='bilinear', antialias=True)
+    top, left = (image.shape[2] - size[0]) // 2, (image.shape[3] - size[1]) // 2
+    return image[:, :, top : top + size[0], left : left + size[1]]
+
+
+def preprocess_of(settings: Mapping[str, Any] | None) -> Preprocess:
+    """What a config's `data_preprocessor` does to the values of an image."""
+    settings = settings or {}
+    if settings.get('mean') is None or settings.get('std') is None:
+        return RAW
+    swap = settings.get('bgr_to_rgb') or settings.get('rgb_to_bgr')
+    return Preprocess(tuple(settings['mean']), tuple(settings['std']), bool(swap))
+
+
+def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
+    """The data set of a config that is calibrated on, and what is done to its images."""
+    from mmengine.registry import DATASETS, DefaultScope
+
+    from ..engine.cli import import_framework
+    from ..engine.config_file import load_config
+    from ..engine.data_checks import check_data
+
+    cfg = load_config(str(path), dict(options), None, 'none')
+    scope = cfg.get('default_scope') or 'mmengine'
+    import_framework(cfg.get('default_scope'))
+    loaders = {split: cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
+    # What the metric is measured on is better not calibrated on as well.
+    split = next((name for name, loader in loaders.items() if loader), None)
+    seen = next((loaders[name] for name in ('test', 'val', 'train') if loaders[name]), None)
+    if split is None or seen is None:
+        raise UsageError(f'{path} has no data set to calibrate on; give a folder of images.')
+    check_data(cfg, (split,))
+    settings = _innermost(loaders[split].dataset)
+    settings.update(pipeline=_innermost(seen.dataset).pipeline, test_mode=True)
+    with DefaultScope.overwrite_default_scope(scope):
+        dataset = DATASETS.build(settings)
+    dataset.scope = scope
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    return dataset, preprocess_of(preprocessor)
+
+
+def _innermost(settings: Any) -> Any:
+    """The first data set inside wrappers such as RepeatDataset and ConcatDataset."""
+    while 'dataset' in settings or 'datasets' in settings:
+        settings = settings.get('dataset') or settings.datasets[0]
+    return settings
