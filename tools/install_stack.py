@@ -46,11 +46,12 @@ class SetupError(Exception):
 
 
 def requirements(stack: str) -> list[str]:
-    """The package's own requirements, its stack's and those of the tests, from setup.cfg."""
+    """From setup.cfg: the package's own requirements, its stack's, and for deployment and tests."""
     config = configparser.ConfigParser()
     config.read(ROOT / 'setup.cfg', encoding='utf-8')
     extras = config['options.extras_require']
-    text = '\n'.join([config['options']['install_requires'], extras[stack], extras['dev']])
+    parts = [config['options']['install_requires'], extras[stack], extras['deploy'], extras['dev']]
+    text = '\n'.join(parts)
     return [line for line in text.splitlines() if line and not line.startswith('#')]
 
 
@@ -313,7 +314,7 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
         compile_ops(steps, python, package, home)
     steps.run(
         f'the {stack} stack, this package, tests and lint',
-        [*get, *map(str, home.glob('*.whl')), '--editable', f'{ROOT}[{stack},dev]'],
+        [*get, *map(str, home.glob('*.whl')), '--editable', f'{ROOT}[{stack},deploy,dev]'],
     )
     if kept and not ops_load(python):
         print('      the compiled wheel does not load here, so it is made anew', flush=True)
