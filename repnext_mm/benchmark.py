@@ -121,12 +121,14 @@ class Subject:
         forms: Builds a module per form.
         shape: Of the input.
         train: Whether to measure forward and backward, or forward alone.
+        counts_input: Whether an input that is kept for backward counts as memory.
     """
 
     name: str
     forms: Mapping[str, Callable[[], nn.Module]]
     shape: tuple[int, ...]
     train: bool = True
+    counts_input: bool = False
 
     @property
     def reference(self) -> Variant:
@@ -149,6 +151,7 @@ class Trial:
         self.model = model
         self.settings = settings
         self.train = subject.train
+        self.counts_input = subject.counts_input
         self.image = torch.randn(subject.shape, device=settings.device)
         self.channels_last = variant.channels_last
         self.call: Callable[[Tensor], Any] = model
@@ -182,7 +185,8 @@ class Trial:
     def memory(self) -> int | None:
         """Bytes that a step keeps for backward (CPU) or takes (GPU); none in inference on a CPU."""
         if self.train:
-            return step_memory(self.forward, self.run, self.model, self.image)
+            known = [] if self.counts_input else [self.image]
+            return step_memory(self.forward, self.run, self.model, self.image.device, known)
         if self.settings.device == 'cuda':
             return peak_bytes(self.run, self.image.device)
         return None
@@ -199,7 +203,11 @@ def measure(
     trials = {str(variant): Trial(subject, variant, settings) for variant in wanted}
     twin = Trial(subject, subject.reference, settings)
     runners = {name: trial.runner for name, trial in trials.items()}
-    comparison = compare(runners, twin.runner, settings.schedule, deadline)
+    try:
+        comparison = compare(runners, twin.runner, settings.schedule, deadline)
+    except ValueError as error:
+        shape = 'x'.join(map(str, subject.shape))
+        raise ValueError(f'{subject.name} cannot take {shape}: {error}') from error
     more = {
         name: {'build_ms': 1e3 * trial.build_s, 'memory_bytes': trial.memory()}
         for name, trial in trials.items()
@@ -342,7 +350,8 @@ def layer(name: str, settings: Settings) -> Subject:
         form: partial(_with_input_gradient, build, settings.channels)
         for form, build in LAYERS[name].items()
     }
-    return Subject(name, forms, (settings.batch, settings.channels, *settings.size))
+    shape = (settings.batch, settings.channels, *settings.size)
+    return Subject(name, forms, shape, counts_input=True)
 
 
 def _with_input_gradient(build: Callable[[int], nn.Module], channels: int) -> nn.Module:

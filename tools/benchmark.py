@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from repnext_mm.timing import Schedule, summary
 from repnext_mm.timing.tables import show, show_operators, write_json
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
     for name, function in benchmark.COMMANDS.items():
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
                 formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             ),
         )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
@@ -71,7 +72,12 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     command.add_argument('--json', metavar='FILE', help='write the result; - prints nothing else')
 
 
-def main(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_tool(lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> None:
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f'--threads {args.threads} must be at least 1.')
@@ -120,5 +126,4 @@ def show_result(result: benchmark.Record, console: Console) -> None:
 
 
 if __name__ == '__main__':
-    args = parse_args()
-    sys.exit(run_tool(lambda: main(args)))
+    sys.exit(main())

@@ -47,10 +47,13 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def step_memory(
-    forward: Callable[[], Any], step: Callable[[], Any], model: nn.Module, *inputs: Tensor
+    forward: Callable[[], Any],
+    step: Callable[[], Any],
+    model: nn.Module,
+    device: torch.device,
+    ignore: Iterable[Tensor] = (),
 ) -> int:
     """Memory of a training step: saved bytes on a CPU, the allocator's peak on a GPU."""
-    device = inputs[0].device
     if device.type == 'cuda':
         return peak_bytes(step, device)
-    return saved_bytes(forward, [*model.parameters(), *model.buffers(), *inputs])
+    return saved_bytes(forward, [*model.parameters(), *model.buffers(), *ignore])

@@ -21,7 +21,7 @@ def by_operator(
     if device == 'cuda':
         activities.append(ProfilerActivity.CUDA)
     function()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(runs):
             function()
         if device == 'cuda':

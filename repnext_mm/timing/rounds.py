@@ -12,8 +12,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,8 +95,9 @@ class Samples:
     """Seconds of every run of one variant, round by round."""
 
     rounds: list[list[float]] = field(default_factory=list)
-    #: Seconds of the very first run.
-    first_s: float | None = None
+    #: Seconds of the very first run, and of one after the warm-up.
+    first_s: float = math.nan
+    warm_s: float = math.nan
     #: Whether the runs had become steady before the first round.
     settled: bool = True
 
@@ -206,45 +207,46 @@ def warm_up(
     end = deadline.share(0.3)
     for i, (name, runner) in enumerate(runners.items()):
         cap = min(schedule.warmup_cap_s, end.left / (len(runners) - i))
-        warm[name].settled = _settle(runner, schedule, Deadline(cap, end.clock))
+        medians = _settle(runner, schedule, Deadline(cap, end.clock))
+        warm[name].warm_s = medians[-1]
+        warm[name].settled = _steady(medians, schedule)
     return warm
 
 
-def _settle(runner: Runner, schedule: Schedule, deadline: Deadline) -> bool:
-    """Run until the medians of the last turns agree; False if they did not until the deadline."""
-    medians: list[float] = []
-    while not medians or deadline.left > medians[-1]:
-        medians.append(statistics.median(runner.run(_runs(medians, schedule))))
-        window = medians[-schedule.warmup_window :]
-        spread = max(window) - min(window)
-        steady = spread <= schedule.warmup_tolerance * statistics.median(window)
-        if steady and len(window) == schedule.warmup_window:
-            return True
-    return False
+def _settle(runner: Runner, schedule: Schedule, deadline: Deadline) -> list[float]:
+    """Medians of the turns until the last of them agree, or until the deadline."""
+    medians = runner.run(1)
+    while not _steady(medians, schedule) and deadline.left > medians[-1]:
+        medians.append(statistics.median(runner.run(_runs(medians[-1], schedule))))
+    return medians
 
 
-def _runs(medians: list[float], schedule: Schedule) -> int:
-    """Runs that fill one turn, from the medians of earlier turns."""
-    return max(1, math.ceil(schedule.round_s / medians[-1])) if medians else 1
+def _steady(medians: Sequence[float], schedule: Schedule) -> bool:
+    window = medians[-schedule.warmup_window :]
+    spread = max(window) - min(window)
+    agree = spread <= schedule.warmup_tolerance * statistics.median(window)
+    return agree and len(window) == schedule.warmup_window
+
+
+def _runs(seconds: float, schedule: Schedule) -> int:
+    """Runs that fill one turn, each taking so long."""
+    return max(1, math.ceil(schedule.round_s / seconds))
 
 
 def interleave(
     runners: Mapping[str, Runner],
     schedule: Schedule,
-    warm: Mapping[str, Samples] | None = None,
+    warm: Mapping[str, Samples],
     deadline: Deadline | None = None,
 ) -> dict[str, Samples]:
     """Run all variants in turns, the order reversed from round to round.
 
-    Stops after `schedule.rounds`, or before a round that would end after `deadline`.
+    `warm` is what `warm_up` gave. Stops after `schedule.rounds`, or before a round that would end
+    after `deadline`.
     """
     deadline = deadline or Deadline(None)
-    samples = {
-        name: Samples(first_s=warm[name].first_s, settled=warm[name].settled) if warm else Samples()
-        for name in runners
-    }
-    # The first turn of each says how many runs fill one.
-    counts = {name: _runs(runner.run(1), schedule) for name, runner in runners.items()}
+    samples = {name: replace(warm[name], rounds=[]) for name in runners}
+    counts = {name: _runs(warm[name].warm_s, schedule) for name in runners}
     names = list(runners)
     longest = 0.0
     for done in range(schedule.rounds):
