@@ -6,7 +6,7 @@ from rich.console import Console
 
 from .errors import ParityError
 from .formats import FORMATS
-from .parity import TOLERANCES, Golden, check_artifact
+from .parity import Golden, Tolerance, check_artifact
 from .report import Record, Report, digest
 from .runtimes import ArtifactError, open_artifact
 
@@ -54,7 +54,7 @@ def _check(report: Report, record: Record) -> tuple[str, str]:
         return 'FAILED', f'{expected.name} is missing'
     try:
         with open_artifact(row.file(path)) as artifact:
-            tolerance = TOLERANCES[record['dtype']]
+            tolerance = Tolerance(**{k: float(v) for k, v in record['tolerance'].items()})
             rows = check_artifact(artifact, [Golden.load(expected)], tolerance)
             runtime = {'runtime': artifact.runtime, 'precision': artifact.precision}
     except ArtifactError as error:

@@ -14,11 +14,14 @@ from rich.console import Console
 
 from ..engine.errors import run_tool
 from ..reparam import PLANS
+from .calibration import ENOUGH_IMAGES
 from .check import check_folder
+from .errors import UsageError
 from .exporters import IOS_TARGETS, OPSETS
 from .folders import shown
 from .formats import DYNAMIC, FORMATS, choose_formats
 from .pipeline import Export, Options
+from .quantize import GATE_DB
 from .report import JSON_NAME, Report, markdown_table
 from .source import load_source
 
@@ -36,8 +39,11 @@ def deploy_main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, 'export')
     args = parser.parse_args(arguments)
     # A job that is told to end clears up as one that is interrupted does.
-    signal.signal(signal.SIGTERM, _interrupt)
-    return run_tool(lambda: verbs[args.verb](args))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run_tool(lambda: verbs[args.verb](args))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:
@@ -60,11 +66,14 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     add = export.add_argument
     add('model', help='arch name such as repnext_m0, a config, or a (fused) weight file')
     add('checkpoint', nargs='?', help='weights: a file, a URL or a published name; random without')
-    add('--format', default='onnx', help=f'comma list of {", ".join(FORMATS)}; or all')
+    add('--format', help=f'comma list of {", ".join(FORMATS)}; or all (None: onnx)')
+    add('--scope', choices=('backbone', 'model'), default='backbone',
+        help='model: a whole detector or segmentor, fused, as .pth with config')  # fmt: skip
     add('--size', type=_sizes, default='512', help='512 or HxW; a comma list exports one each')
     add('--batch', type=_positive, default=1, help='number of images')
     add('--out-indices', type=_indices, help="stages to return, such as 1,2,3 (None: the config's)")
-    add('--plan', choices=PLANS, default='exact', help='how far to fuse')
+    add('--plan', choices=('auto', *PLANS), default='exact',
+        help='how far to fuse; auto measures which exact plan is fastest')  # fmt: skip
     add(
         '--dtype',
         choices=DTYPES,
@@ -78,6 +87,12 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     )
     add('--preprocess', choices=('none', 'embed'), default='none',
         help="build the config's data_preprocessor into the artifact")  # fmt: skip
+    add('--calib', type=Path, metavar='DIR_OR_CONFIG', help='images that int8 is calibrated on')
+    add('--calib-images', type=_positive, default=ENOUGH_IMAGES, help='at most so many of them')
+    add('--gate-db', type=float, default=GATE_DB, help='SQNR that every stage keeps in int8')
+    add('--max-drop', type=float, metavar='POINTS',
+        help='points of AP or mIoU that int8 may lose, measured on the test data of the config '
+        '(None: not measured)')  # fmt: skip
     add('--opset', type=int, choices=OPSETS, help=f'of ONNX (None: {OPSETS[0]})')
     add('--ios-target', type=int, choices=IOS_TARGETS, help=f'oldest iOS (None: {IOS_TARGETS[0]})')
     add('--device', choices=('cpu', 'cuda'), help='what aoti compiles for (None: cpu)')
@@ -135,8 +150,11 @@ def _positive(text: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    names = args.format.split(',')
-    formats = [(row, row.name in names) for row in choose_formats(args.format)]
+    if args.scope == 'model':
+        _export_model(args)
+        return
+    text = args.format or 'onnx'
+    formats = [(row, row.name in text.split(',')) for row in choose_formats(text)]
     others = {name: getattr(args, name) for name in ('opset', 'ios_target', 'device')}
     log = _log(args)
     source = load_source(
@@ -160,6 +178,10 @@ def _export(args: argparse.Namespace) -> None:
         force=args.force,
         strict=args.strict,
         seed=args.seed,
+        calib=args.calib,
+        calib_images=args.calib_images,
+        gate_db=args.gate_db,
+        max_drop=args.max_drop,
         others=tuple((name, value) for name, value in others.items() if value is not None),
     )
     folder = args.work_dir or Path('work_dirs', 'deploy', source.name)
@@ -170,6 +192,32 @@ def _export(args: argparse.Namespace) -> None:
     if not args.json and not args.quiet:
         print(
             f'Wrote {shown(folder / JSON_NAME)}; next: python tools/deploy.py check {shown(folder)}'
+        )
+
+
+def _export_model(args: argparse.Namespace) -> None:
+    from .whole_model import save_whole_model  # which needs mmdet or mmseg
+
+    if args.format not in (None, 'pth'):
+        raise UsageError(
+            f'--scope model is for --format pth; in {args.format} there is the backbone alone, '
+            'which mm runs in place with tools/test.py --backbone (for heads in the graph there '
+            'is mmdeploy).'
+        )
+    if args.plan == 'auto':
+        raise UsageError('--plan auto is for --scope backbone; name a plan for the whole model.')
+    if not args.model.endswith('.py') or args.checkpoint is None:
+        raise UsageError('--scope model needs the config of a training and its checkpoint.')
+    folder = args.work_dir or Path('work_dirs', 'deploy', Path(args.model).stem)
+    weights, config = save_whole_model(
+        args.model, args.checkpoint, folder, args.plan, force=args.force
+    )
+    if args.json:
+        print(json.dumps({'weights': str(weights), 'config': str(config)}))
+    elif not args.quiet:
+        print(
+            f'Wrote {shown(weights)} and {shown(config)}; '
+            f'next: python tools/test.py {shown(config)} {shown(weights)}'
         )
 
 

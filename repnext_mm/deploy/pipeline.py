@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +18,12 @@ from rich.console import Console
 
 from ..backbones.pyramid import PyramidBackbone
 from ..complexity import count_macs, count_parameters
-from ..reparam import Plan, reparameterize
+from ..engine.errors import UserError
+from ..reparam import FusionReport, Plan, prove, reparameterize
 from ..reparam.plans import INEXACT
 from ..version import __version__
+from .bench import choose_plan
+from .calibration import ENOUGH_IMAGES, RAW, calibration_images
 from .errors import (
     DependencyError,
     ExportError,
@@ -34,12 +39,13 @@ from .inspection import batch_norms, convolutions
 from .parity import (
     TOLERANCES,
     Golden,
+    Tolerance,
     check_artifact,
-    compare,
     golden,
     noise,
     other_shapes,
 )
+from .quantize import GATE_DB, HELD_OUT, TaskMetric, quantize
 from .report import JSON_NAME, Record, Report, digest, size_of
 from .runtimes import ArtifactError, open_artifact
 from .source import Source
@@ -47,6 +53,12 @@ from .source import Source
 REJECTED = 'rejected'
 RANDOM_WEIGHTS = 'random weights: fine for latency, meaningless for accuracy'
 UNVERIFIED = 'unverified'
+#: Why each plan, where it was not measured.
+WHY: dict[Plan, str] = {
+    'exact': 'no BatchNorm left, and the same function at every size',
+    'branches': 'as the published code fuses; each block keeps a BatchNorm',
+    'single': 'one depthwise convolution per token mixer',
+}
 #: Of images with values from 0 to 255, as in mm's configs.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -59,19 +71,22 @@ class Options:
     Args:
         formats: With whether each was named, rather than implied by `all`.
         sizes: Heights and widths; one set of artifacts for each.
-        plan: How far to fuse.
+        plan: How far to fuse; 'auto' measures, for each format, which exact plan is fastest.
         dtype: One for all formats; each format's own default where None.
         preprocess: Whether artifacts take images as they were loaded.
         parity: Whether to run what was written.
         parity_input: An image to compare on, instead of noise.
+        calib: Folder of images or config that int8 is calibrated on.
+        calib_images: At most so many of them.
+        gate_db: Signal-to-noise ratio that every stage keeps in int8.
+        max_drop: Points of AP or mIoU that int8 may lose; not measured where None.
         others: Options of single formats that were given.
     """
 
     formats: Sequence[tuple[Format, bool]]
     sizes: Sequence[tuple[int, int]] = ((512, 512),)
     batch: int = 1
-    plan: Plan = 'exact'
-    why: str = 'no BatchNorm left, and equal at every size'
+    plan: Plan | Literal['auto'] = 'exact'
     dtype: str | None = None
     dynamic: str = 'none'
     preprocess: bool = False
@@ -81,7 +96,18 @@ class Options:
     force: bool = False
     strict: bool = False
     seed: int = 0
+    calib: Path | None = None
+    calib_images: int = ENOUGH_IMAGES
+    gate_db: float = GATE_DB
+    max_drop: float | None = None
     others: tuple[tuple[str, Any], ...] = ()
+
+    def tolerance(self, dtype: str) -> Tolerance:
+        """What artifacts of this dtype must keep to."""
+        if dtype == 'int8':
+            # The gate holds on average; the one image that is kept may lie lower.
+            return Tolerance(sqnr_db=self.gate_db - 5)
+        return TOLERANCES[dtype]
 
 
 class Export:
@@ -99,15 +125,22 @@ class Export:
         self.warnings: list[str] = []
         self.skipped: list[Record] = []
         self.failures: list[tuple[str, Exception]] = []
+        if options.dtype == 'int8' and options.calib is None:
+            raise UsageError(
+                '--dtype int8 needs --calib, a folder of images like those it will see, or a '
+                'config whose data set has some.'
+            )
+        if options.max_drop is not None and not (source.config and source.checkpoint):
+            raise UsageError('--max-drop needs a config as MODEL and its CHECKPOINT to evaluate.')
         self.formats = self._usable_formats()
         for size in options.sizes:
             self._check_size(size)
-        try:
-            # Whoever asks for a plan by its name has chosen it.
-            self.fused = reparameterize(source.model, options.plan, accept_inexact=tuple(INEXACT))
-        except ValueError as error:
-            raise ModelError(f'{error} Or pass --plan {source.model.plan}.') from error
         self.preprocess = self._preprocess()
+        self.plans = {row.name: self._plan(row) for row in self.formats}
+        self.fused = {plan: self._fuse(plan) for plan, _ in self.plans.values()}
+        # What is inexact was asked for by name: it is told, and what is exported is compared.
+        inexact = [model for model in self.fused.values() if report_of(model).inexact]
+        self.reference = inexact[0] if inexact else source.model
         self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
         make_folder(folder)
         self._check_nothing_is_lost()
@@ -119,7 +152,7 @@ class Export:
         usable = []
         for row, named in self.options.formats:
             try:
-                row.check_installed()
+                row.check_installed(self.options.dtype)
                 self._check_options(row)
                 for warning in row.check():
                     self.warn(f'{row.name}: {warning}')
@@ -168,40 +201,71 @@ class Export:
                     '--allow-odd to export and compare at this very size.'
                 )
 
+    def _own_preprocess(self) -> Preprocess | None:
+        """What the config's data preprocessor does."""
+        settings = self.source.preprocessor
+        if not settings or settings.get('mean') is None or settings.get('std') is None:
+            return None
+        swap = bool(settings.get('bgr_to_rgb') or settings.get('rgb_to_bgr'))
+        return Preprocess(tuple(settings['mean']), tuple(settings['std']), swap)
+
     def _preprocess(self) -> Preprocess | None:
+        """What is built into the artifacts."""
         if not self.options.preprocess:
             return None
-        settings = self.source.preprocessor
-        if not settings or settings.get('mean') is None:
+        if (preprocess := self._own_preprocess()) is None:
             raise UsageError(
                 '--preprocess embed needs a config whose data_preprocessor has mean and std; '
                 f'{self.source.config or self.source.name} has none.'
             )
-        return Preprocess(
-            tuple(settings['mean']),
-            tuple(settings['std']),
-            bool(settings.get('bgr_to_rgb') or settings.get('rgb_to_bgr')),
+        return preprocess
+
+    def _plan(self, row: Format) -> tuple[Plan, str]:
+        """The plan for a format, and why."""
+        options = self.options
+        if options.plan != 'auto':
+            return options.plan, WHY[options.plan]
+        self.say(f'measuring plans for {row.name}')
+        shape = (options.batch, 3, *options.sizes[0])
+        dtype = options.dtype or row.dtypes[0]
+        choice = choose_plan(
+            self.source.model, row, shape, dtype='fp32' if dtype == 'int8' else dtype
         )
+        self.say(f'      {choice.plan}: {choice.why}')
+        return choice.plan, choice.why
+
+    def _fuse(self, plan: Plan) -> PyramidBackbone:
+        try:
+            # Whoever asks for a plan by its name has chosen it.
+            model = reparameterize(self.source.model, plan, accept_inexact=tuple(INEXACT))
+        except ValueError as error:
+            raise ModelError(f'{error} Or pass --plan {self.source.model.plan}.') from error
+        for kind in sorted({rewrite.exactness for rewrite in report_of(model).inexact}):
+            self.warn(
+                f'plan {plan} is not exact ({INEXACT[kind]}): artifacts are compared with the '
+                'fused network, and proof_float64 in report.json tells how far that is off'
+            )
+        return model
 
     def _jobs(self, size: tuple[int, int]) -> list[tuple[Format, Job]]:
-        """One job per dtype, shared by the formats that have it, so that each is traced once."""
-        jobs: dict[str, Job] = {}
+        """One job per dtype and plan, shared by formats, so that each is traced once."""
+        jobs: dict[tuple[str, Plan], Job] = {}
         pairs = []
         for row in self.formats:
-            dtype = self.options.dtype or row.dtypes[0]
-            if dtype not in jobs:
-                jobs[dtype] = self._job(size, dtype)
-            pairs.append((row, jobs[dtype]))
+            key = self.options.dtype or row.dtypes[0], self.plans[row.name][0]
+            if key not in jobs:
+                jobs[key] = self._job(size, *key)
+            pairs.append((row, jobs[key]))
         return pairs
 
-    def _job(self, size: tuple[int, int], dtype: str) -> Job:
-        source, options, model = self.source, self.options, self.fused
+    def _job(self, size: tuple[int, int], dtype: str, plan: Plan) -> Job:
+        source, options, model = self.source, self.options, self.fused[plan]
         others = dict(options.others)
         metadata = {
             'version': __version__,
             'family': type(model).__name__,
             'arch': source.arch,
-            'plan': model.plan,
+            'plan': plan,
             'out_indices': list(model.out_indices),
             'out_channels': list(model.out_channels),
             'out_strides': list(model.out_strides),
@@ -214,6 +278,7 @@ class Export:
             'layout': 'NCHW',
             'device': others.get('device', 'cpu'),
             'preprocess': asdict(self.preprocess) if self.preprocess else None,
+            'golden': golden_name(size, options.batch, dtype, self.preprocess),
         }
         names = tuple(f'stage{i}' for i in model.out_indices)
         return Job(
@@ -273,19 +338,22 @@ class Export:
         Raises:
             ExportError, ParityError, SomeFailedError: After the report is written.
         """
-        report = Report.start(self.folder, self._model_record(), self._plan_record())
+        report = Report.start(
+            self.folder, self._model_record(), [self._plan_record(plan) for plan in self.fused]
+        )
         if self.source.weights == 'random':
             self.warn(RANDOM_WEIGHTS)
         with partial_folder(self.folder) as partial:
-            goldens: dict[tuple[int, int], list[Golden]] = {}
+            goldens: dict[str, list[Golden]] = {}
             for n, (row, job) in enumerate(self.jobs, 1):
-                if job.size not in goldens:
-                    goldens[job.size] = self._goldens(job, partial)
+                name = job.metadata['golden']
+                if name not in goldens:
+                    goldens[name] = self._goldens(job, partial)
                 self.say(f'[{n}/{len(self.jobs)}] {row.name}')
                 try:
                     with disk_errors(self.folder):
-                        self._one(row, job, goldens[job.size], partial, report)
-                except (ExportError, ParityError) as error:
+                        self._one(row, job, goldens[name], partial, report)
+                except (ExportError, ParityError, DependencyError) as error:
                     self.failures.append((row.name, error))
                     self.say(f'      FAILED: {error}')
         data = report.data
@@ -312,7 +380,7 @@ class Export:
     def _goldens(self, job: Job, partial: Path) -> list[Golden]:
         """What the network itself makes of the images to compare on; the first is kept."""
         model = self.source.model
-        reference = job.with_preprocess(model)
+        reference = job.with_preprocess(self.reference)
         stride = model.strides[model.out_indices[-1]]
         shapes = [job.shape, *other_shapes(job.shape, job.dynamic, stride)]
         items = []
@@ -328,13 +396,16 @@ class Export:
                     f'--dynamic {job.dynamic} is not possible for {self.source.name}: {text} '
                     'Export one artifact per size: --size 512,800x1344.'
                 ) from error
-        name = golden_name(job)
+        name = job.metadata['golden']
         with disk_errors(self.folder):
             items[0].save(partial / name)
             os.replace(partial / name, self.folder / name)
         return items
 
     def _image(self, job: Job, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        if job.dtype == 'int8':
+            picture = torch.from_numpy(self._calibration(job, shape[2:])[0])
+            return picture.expand(shape).contiguous()
         image = noise(shape, self.options.seed)
         if self.options.parity_input is not None:
             image = load_image(self.options.parity_input, shape)
@@ -348,9 +419,8 @@ class Export:
         written = partial / target.name
         start = time.perf_counter()
         try:
-            with quiet():
-                row.export(job, written)
-        except OSError:
+            quantization = self._write(row, job, written)
+        except (OSError, UserError):
             raise
         except Exception as error:
             with disk_errors(self.folder):
@@ -369,6 +439,8 @@ class Export:
             rejected.mkdir(exist_ok=True)
             target = rejected / target.name
         place(written, target)
+        for name in row.companions:
+            shutil.copy(Path(__file__).with_name(name), self.folder)
         path = str(target.relative_to(self.folder))
         report.data['parity'] += [
             {'path': path, 'format': row.name, 'runtime': runtime, 'precision': precision, **r}
@@ -378,12 +450,14 @@ class Export:
             {
                 'format': row.name,
                 'path': path,
-                'golden': golden_name(job),
+                'golden': job.metadata['golden'],
                 'status': status,
                 'sha256': digest(target),
                 'bytes': size_of(target),
                 'opset': job.opset if 'opset' in row.options else None,
                 'dtype': job.dtype,
+                'plan': job.metadata['plan'],
+                'why': self.plans[row.name][1],
                 'size': list(job.size),
                 'dynamic': job.dynamic,
                 'inputs': ['image'],
@@ -392,6 +466,8 @@ class Export:
                 'bn_left': batch_norms(operations),
                 'convs': convolutions(operations),
                 'metadata': job.metadata,
+                'quantization': quantization,
+                'tolerance': asdict(self.options.tolerance(job.dtype)),
                 'seconds': round(seconds, 2),
             }
         )
@@ -400,10 +476,45 @@ class Export:
             raise ParityError(
                 f'{row.name} differs from the network by {worst["max_rel"]:.2e} of '
                 f"{worst['output']}'s std (SQNR {worst['sqnr_db']:.0f} dB; allowed: "
-                f'{TOLERANCES[job.dtype]}); it was moved to {target}.'
+                f'{self.options.tolerance(job.dtype)}); it was moved to {target}.'
             )
         self.say(
             f'      {status}: {shown(target)} ({size_of(target) / 1e6:.1f} MB, {seconds:.1f} s)'
+        )
+
+    def _write(self, row: Format, job: Job, written: Path) -> Record | None:
+        """Export to `written`; int8 from the float32 artifact, with a record of what was done."""
+        if job.dtype != 'int8':
+            with quiet():
+                row.export(job, written)
+            return None
+        metadata = job.metadata | {'dtype': 'fp32'}
+        full = written.with_name(f'fp32{row.suffix}')
+        with quiet():
+            row.export(replace(job, dtype='fp32', metadata=metadata), full)
+        metric = None
+        if self.options.max_drop is not None:
+            config, checkpoint = self.source.config, self.source.checkpoint
+            assert config and checkpoint, 'refused before'
+            metric = TaskMetric(config, checkpoint, max_drop=self.options.max_drop)
+        report = quantize(
+            full,
+            written,
+            self._calibration(job, job.size),
+            gate_db=self.options.gate_db,
+            metric=metric,
+            say=lambda text: self.say(f'      {text}'),
+        )
+        return report.as_record()
+
+    def _calibration(self, job: Job, size: tuple[int, int]) -> Sequence[np.ndarray]:
+        """Images as the artifact takes them; the first `HELD_OUT` are not calibrated on."""
+        assert self.options.calib is not None, 'refused before'
+        return calibration_images(
+            self.options.calib,
+            size,
+            RAW if job.preprocess else self._own_preprocess(),
+            limit=self.options.calib_images + HELD_OUT,
         )
 
     def _compare(
@@ -412,9 +523,10 @@ class Export:
         """Parity records, status, and what ran the artifact in which precision."""
         if row.runtime is None or not self.options.parity:
             return [], UNVERIFIED, None, None
+        tolerance = self.options.tolerance(job.dtype)
         try:
             with open_artifact(row.file(written)) as artifact:
-                results = check_artifact(artifact, goldens, TOLERANCES[job.dtype])
+                results = check_artifact(artifact, goldens, tolerance)
                 runtime, precision = artifact.runtime, artifact.precision
         except ArtifactError as error:
             raise ExportError(
@@ -427,6 +539,7 @@ class Export:
 
     def _model_record(self) -> Record:
         source, size = self.source, self.options.sizes[0]
+        fused = next(iter(self.fused.values()))
         return {
             'name': source.name,
             'family': type(source.model).__name__,
@@ -436,31 +549,30 @@ class Export:
             'checkpoint_sha256': source.checkpoint_sha256,
             'weights_source': source.weights,
             'seed': self.options.seed,
-            'params': count_parameters(self.fused),
-            'macs': count_macs(self.fused, size),
+            'params': count_parameters(fused),
+            'macs': count_macs(fused, size),
             'size': list(size),
-            'out_channels': list(self.fused.out_channels),
-            'out_strides': list(self.fused.out_strides),
+            'out_channels': list(fused.out_channels),
+            'out_strides': list(fused.out_strides),
         }
 
-    def _plan_record(self) -> Record:
+    def _plan_record(self, plan: Plan) -> Record:
         model, size = self.source.model, self.options.sizes[0]
-        fusion = self.fused.fusion_report
-        assert fusion is not None
-        names = [f'stage{i}' for i in model.out_indices]
-        expected = golden(model, noise((1, 3, *size)), names)
-        actual = golden(self.fused, noise((1, 3, *size)), names)
-        proof = compare([*actual.outputs.values()], expected, TOLERANCES['fp32'])
+        fused = self.fused[plan]
+        fusion = report_of(fused)
+        # Fused in float64, so that the difference is the rewrites' own and no rounding of weights.
+        exact = copy.deepcopy(model).double()
+        proof = prove(exact, reparameterize(exact, plan, accept_inexact=tuple(INEXACT)), size)
         return {
-            'name': self.fused.plan,
-            'why': self.options.why,
+            'name': plan,
             'steps': [asdict(step) for step in fusion.rewrites],
             'proof_float64': [
-                {'output': r.output, 'max_abs': r.max_abs, 'max_rel': r.max_rel} for r in proof
+                {'output': f'stage{i}', 'max_abs': stage.max_abs, 'max_rel': stage.max_rel}
+                for i, stage in zip(model.out_indices, proof, strict=True)
             ],
             'bn_left': len(fusion.norms_left),
             'convs_before': _count_convolutions(model),
-            'convs_after': _count_convolutions(self.fused),
+            'convs_after': _count_convolutions(fused),
         }
 
     def warn(self, text: str) -> None:
@@ -476,10 +588,19 @@ class Export:
         self.log.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def golden_name(job: Job) -> str:
-    """Artifacts of one size share the images and outputs to compare with."""
-    height, width = job.size
-    return f'golden_{height}x{width}_b{job.batch}{"_raw" if job.preprocess else ""}.npz'
+def report_of(model: PyramidBackbone) -> FusionReport:
+    """What fusing this network did."""
+    assert model.fusion_report is not None, 'only fused networks are exported'
+    return model.fusion_report
+
+
+def golden_name(
+    size: tuple[int, int], batch: int, dtype: str, preprocess: Preprocess | None
+) -> str:
+    """Artifacts that take the same images share what they are compared with."""
+    # int8 is compared on an image of its own: it has no range for noise.
+    kind = '_int8' if dtype == 'int8' else ''
+    return f'golden_{size[0]}x{size[1]}_b{batch}{kind}{"_raw" if preprocess else ""}.npz'
 
 
 def _short(error: Exception, limit: int = 300) -> str:

@@ -35,7 +35,7 @@ class Report:
     data: Record = field(default_factory=dict)
 
     @classmethod
-    def start(cls, folder: Path, model: Record, plan: Record) -> Report:
+    def start(cls, folder: Path, model: Record, plans: list[Record]) -> Report:
         """A report with no artifact yet."""
         return cls(
             folder,
@@ -43,7 +43,7 @@ class Report:
                 'schema_version': SCHEMA_VERSION,
                 'status': 'ok',
                 'model': model,
-                'plan': plan,
+                'plans': plans,
                 'artifacts': [],
                 'parity': [],
                 'latency': [],
@@ -78,6 +78,8 @@ class Report:
     def keep(self, earlier: Report) -> None:
         """Take over what an earlier run in this folder knows of artifacts that are still there."""
         own = {record['path'] for record in self.data['artifacts']}
+        names = {plan['name'] for plan in self.data['plans']}
+        self.data['plans'] += [p for p in earlier.data['plans'] if p['name'] not in names]
         for record in earlier.data['artifacts']:
             path = self.folder / record['path']
             if record['path'] in own or not path.exists():
@@ -121,7 +123,7 @@ class Report:
     def markdown(self) -> str:
         """The report for people."""
         data = self.data
-        model, plan = data['model'], data['plan']
+        model = data['model']
         lines = [
             f'# {model["name"]}',
             '',
@@ -130,8 +132,11 @@ class Report:
             + f'; {model["params"] / 1e6:.2f} M parameters, {model["macs"] / 1e9:.2f} G MACs per '
             f'{model["size"][0]}x{model["size"][1]} image.',
             '',
-            f'Plan `{plan["name"]}`: {plan["convs_before"]} to {plan["convs_after"]} convolutions, '
-            f'{plan["bn_left"]} BatchNorm left; {plan["why"]}.',
+            *(
+                f'Plan `{plan["name"]}`: {plan["convs_before"]} to {plan["convs_after"]} '
+                f'convolutions, {plan["bn_left"]} BatchNorm left.'
+                for plan in data['plans']
+            ),
             '',
             *markdown_table(COLUMNS, self.rows()),
             '',

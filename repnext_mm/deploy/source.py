@@ -71,21 +71,11 @@ def load_source(
         ModelError: There is no such model, or the checkpoint cannot be used for it.
     """
     try:
-        if name in NAMES:
-            family, arch = NAMES[name]
-            arguments: dict[str, Any] = {'arch': arch}
-            source = Source(name, _build(family, arguments, out_indices), 'random')
-        elif name.endswith('.py'):
-            source = _from_config(name, out_indices)
-        elif name.endswith(WEIGHT_SUFFIXES) and checkpoint is None:
-            source, checkpoint = _from_weights(name, out_indices), name
-        else:
-            close = difflib.get_close_matches(name.lower(), NAMES, 1)
-            hint = f' Did you mean {close[0]!r}?' if close else ''
-            raise ModelError(
-                f'there is no model {name!r}.{hint} Give a config (.py), a fused .pth, or one of '
-                f'{", ".join(NAMES)}.'
-            )
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            source = _build_source(name, checkpoint is None, out_indices)
+        if checkpoint is None and source.config is None and name not in NAMES:
+            checkpoint = name
         if checkpoint is None:
             draw_weights(source.model, seed)
         else:
@@ -96,6 +86,23 @@ def load_source(
         raise ModelError(str(error)) from error
     source.model.eval()
     return source
+
+
+def _build_source(name: str, alone: bool, out_indices: tuple[int, ...] | None) -> Source:
+    """The network `name`, with weights as initialised; `alone` without a checkpoint for it."""
+    if name in NAMES:
+        family, arch = NAMES[name]
+        return Source(name, _build(family, {'arch': arch}, out_indices), 'random')
+    if name.endswith('.py'):
+        return _from_config(name, out_indices)
+    if name.endswith(WEIGHT_SUFFIXES) and alone:
+        return _from_weights(name, out_indices)
+    close = difflib.get_close_matches(name.lower(), NAMES, 1)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    raise ModelError(
+        f'there is no model {name!r}.{hint} Give a config (.py), a weight file, or one of '
+        f'{", ".join(NAMES)}.'
+    )
 
 
 def _build(

@@ -1,0 +1,515 @@
+"""tools/deploy.py: what it takes, refuses, says and leaves behind."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blocking import block
+from conftest import REPO, randomise
+from tool_runs import environment, run, start
+
+from repnext_mm import RecNeXt, RepNeXt, reparameterize
+from repnext_mm.deploy.cli import deploy_main, format_table
+from repnext_mm.deploy.errors import UsageError
+from repnext_mm.deploy.folders import make_folder
+from repnext_mm.deploy.formats import FORMATS, choose_formats
+from repnext_mm.deploy.runtimes import open_artifact
+from repnext_mm.deploy.source import NAMES, load_source
+
+CONFIG = REPO / 'configs' / 'mask_rcnn_repnext_m0_shapes.py'
+STEM = 'repnext_m0_64x64_b1_exact_fp32'
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What training a detector with RepNeXt M0 leaves."""
+    path = tmp_path_factory.mktemp('weights') / 'epoch_12.pth'
+    state = {f'backbone.{k}': v for k, v in randomise(RepNeXt('m0')).state_dict().items()}
+    torch.save({'meta': {}, 'state_dict': state | {'neck.weight': torch.zeros(3)}}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """An export of a config's backbone; tests that change it work on a copy."""
+    path = tmp_path_factory.mktemp('deploy')
+    argv = [str(CONFIG), str(checkpoint), '--size', '64', '--format', 'pth,onnx']
+    assert deploy_main([*argv, '--work-dir', str(path)]) == 0
+    return path
+
+
+def deploy(*argv: object) -> int:
+    return deploy_main([str(arg) for arg in argv])
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+# --- a good run
+
+
+def test_what_is_written(folder: Path, checkpoint: Path) -> None:
+    name = 'mask_rcnn_repnext_m0_shapes_64x64_b1_exact_fp32'
+    assert contents(folder) == {
+        *(f'{name}.pth', f'{name}.onnx', 'golden_64x64_b1.npz', 'report.json', 'report.md')
+    }
+    report = json.loads((folder / 'report.json').read_text())
+    assert report['schema_version'] == 1
+    assert report['status'] == 'ok'
+    assert report['model']['arch'] == 'm0'
+    assert report['model']['weights_source'] == 'checkpoint'
+    assert len(report['model']['checkpoint_sha256']) == 64
+    assert report['model']['out_strides'] == [4, 8, 16, 32]
+    (plan,) = report['plans']
+    assert plan['name'] == 'exact'
+    assert plan['bn_left'] == 0
+    assert plan['convs_after'] < plan['convs_before']
+    assert {step['exactness'] for step in plan['steps']} == {'exact'}
+    assert all(stage['max_rel'] < 1e-9 for stage in plan['proof_float64'])
+    assert [a['format'] for a in report['artifacts']] == ['pth', 'onnx']
+    assert {row['runtime'] for row in report['parity']} == {'torch', 'onnxruntime'}
+    assert report['env']['versions']['onnxruntime']
+    assert report['warnings'] == []
+    text = (folder / 'report.md').read_text()
+    assert '| onnx | fp32 | ok | ' in text
+    assert f'{name}.onnx |' in text
+
+
+def test_the_checkpoint_is_what_was_exported(folder: Path, checkpoint: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    model = RepNeXt('m0').eval()
+    model.load_state_dict(
+        {k.removeprefix('backbone.'): v for k, v in state.items() if 'neck' not in k}
+    )
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+    for path in folder.glob('mask_rcnn*'):
+        with open_artifact(path) as artifact:
+            for got, want in zip(artifact.run(image), expected, strict=True):
+                atol = 1e-4 * float(want.std())
+                torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=atol)
+
+
+def test_fused_weights_are_mm_weights(folder: Path) -> None:
+    (path,) = folder.glob('*.pth')
+    cfg = dict(type='Pretrained', checkpoint=str(path))
+    model = RepNeXt('m0', deploy=True, init_cfg=cfg).eval()
+    model.init_weights()
+    image = torch.randn(1, 3, 64, 64)
+    with open_artifact(path) as artifact, torch.no_grad():
+        for got, want in zip(artifact.run(image), model(image), strict=True):
+            assert torch.equal(torch.from_numpy(got), want)
+
+
+def test_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert deploy('check', folder) == 0
+    assert capsys.readouterr().out.count('ok: mask_rcnn') == 2
+    copy = shutil.copytree(folder, tmp_path / 'copy')
+    (onnx,) = copy.glob('*.onnx')
+    golden = copy / 'golden_64x64_b1.npz'
+    with np.load(golden) as arrays:
+        changed = dict(arrays)
+    changed['stage2'][0, 3] += 1.0
+    np.savez(golden, **changed)
+    assert deploy('check', copy / 'report.json') == 6
+    assert 'stage2 differs by' in capsys.readouterr().err
+    shutil.copy(folder / golden.name, golden)
+    onnx.write_bytes(onnx.read_bytes() + b'\0')
+    assert deploy('check', copy) == 6
+    error = capsys.readouterr().err
+    assert '1 of 2 artifacts failed' in error
+    assert 'the file was changed since it was exported' in error
+    onnx.unlink()
+    assert deploy('check', copy) == 6
+    assert 'the file is missing' in capsys.readouterr().err
+    assert deploy('check', tmp_path) == 2
+    assert 'report.json does not exist; give the folder' in capsys.readouterr().err
+
+
+def test_a_folder_grows(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / 'copy')
+    argv = (CONFIG, checkpoint, '--size', 64, '--work-dir', copy)
+    assert deploy(*argv, '--format', 'torchscript') == 0
+    report = json.loads((copy / 'report.json').read_text())
+    assert [a['format'] for a in report['artifacts']] == ['torchscript', 'pth', 'onnx']
+    assert {row['format'] for row in report['parity']} == {'torchscript', 'pth', 'onnx'}
+    assert deploy('check', copy) == 0
+
+
+def test_nothing_is_replaced_unasked(
+    folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / 'copy')
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    argv = (CONFIG, checkpoint, '--size', 64, '--work-dir', copy, '--format', 'pth')
+    assert deploy(*argv) == 2
+    assert 'exists already; add --force to replace it.' in capsys.readouterr().err
+    other = (CONFIG, '--size', 64, '--work-dir', copy, '--format', 'pt2')
+    assert deploy(*other) == 2
+    assert 'artifacts of another model or other weights' in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert deploy(*argv, '--force') == 0
+    assert json.loads((copy / 'report.json').read_text())['status'] == 'ok'
+
+
+def test_json_is_all_there_is_on_stdout(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ('repnext_m0', checkpoint, '--size', 64, '--format', 'pth', '--work-dir', tmp_path)
+    assert deploy(*argv, '--json') == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert printed == json.loads((tmp_path / 'report.json').read_text())
+    assert 'ok: ' in captured.err
+    assert deploy(*argv, '--force', '--quiet') == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ('', '')
+
+
+def test_random_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ('repnext_m0', '--size', 64, '--format', 'pth', '--parity', 'off')
+    assert deploy(*argv, '--work-dir', tmp_path) == 0
+    sentence = 'random weights: fine for latency, meaningless for accuracy'
+    assert f'warning: {sentence}' in capsys.readouterr().out
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['warnings'] == [sentence]
+    assert report['model']['weights_source'] == 'random'
+    assert [a['status'] for a in report['artifacts']] == ['unverified']
+    assert f'- {sentence}' in (tmp_path / 'report.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['repnext_m0', 'recnext_a0', 'inception_next_atto'])
+def test_random_weights_hide_nothing(name: str) -> None:
+    """Every norm and bias does something, signals keep their size, and a seed gives the same."""
+    model = load_source(name, seed=3).model
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        assert norm.momentum is not None
+        for value in (norm.running_mean, norm.running_var - 1, norm.weight - 1, norm.bias):
+            assert float(value.detach().abs().mean()) > 1e-3
+    with torch.no_grad():
+        stages = model(torch.randn(1, 3, 64, 64))
+        again = load_source(name, seed=3).model(torch.randn(1, 3, 64, 64))
+    assert len(again) == len(stages)
+    assert all(0.05 < float(stage.std()) < 50 for stage in stages)
+    states = [load_source(name, seed=seed).model.state_dict() for seed in (3, 4)]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in states[0].items())
+    assert not all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+@pytest.mark.slow
+def test_512_by_512(tmp_path: Path) -> None:
+    done = run('deploy.py', 'repnext_m0', '--format', 'onnx,openvino,coreml', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / 'work_dirs' / 'deploy' / 'repnext_m0'
+    report = json.loads((folder / 'report.json').read_text())
+    assert [a['status'] for a in report['artifacts']] == ['ok', 'ok', 'unverified']
+    assert [row['shape'] for row in report['parity'][:2]] == [[1, 40, 128, 128], [1, 80, 64, 64]]
+    assert all(row['pass'] for row in report['parity'])
+    assert (folder / 'repnext_m0_512x512_b1_exact_fp32.onnx').exists()
+    assert (folder / 'repnext_m0_512x512_b1_exact_fp16.mlpackage').is_dir()
+    assert done.stdout.splitlines()[-1] == (
+        'Wrote work_dirs/deploy/repnext_m0/report.json; '
+        'next: python tools/deploy.py check work_dirs/deploy/repnext_m0'
+    )
+
+
+# --- what a user gets wrong
+
+
+@pytest.mark.parametrize(
+    'argv, code, sentence',
+    [
+        ('repnext_m0 --format onxx', 2, "unknown format 'onxx'. Did you mean 'onnx'? Formats: pth"),
+        ('repnext_m0 --format onnx,,', 2, "unknown format ''"),
+        ('repnext_m9 --format pth', 3, "there is no model 'repnext_m9'. Did you mean 'repnext_m"),
+        ('configs/nope.py', 3, 'there is no config configs/nope.py'),
+        ('missing.pth', 3, 'missing.pth'),
+        ('repnext_m0 missing.pth', 3, 'missing.pth'),
+        ('repnext_m0 --size 500', 2, '--size 500: stride 32 leaves 20 px; use 480 or 512, or'),
+        ('recnext_t --size 96', 2, '--size 96: stride 64 leaves 32 px; use 64 or 128'),
+        ('repnext_m0 --size 512x', 2, "'512x' is not a size; give 512"),
+        ('repnext_m0 --size 0', 2, "'0' is not a size"),
+        ('repnext_m0 --batch 0', 2, "'0' is not a positive number"),
+        ('repnext_m0 --opset 9', 2, 'invalid choice: 9 (choose from 18, 19'),
+        ('repnext_m0 --ios-target 12', 2, 'invalid choice: 12 (choose from 15'),
+        ('repnext_m0 --format pth --opset 18', 2, '--opset is not an option of pth; leave it out'),
+        ('repnext_m0 --format onnx --dtype bf16', 2, '--dtype bf16 is not possible for onnx'),
+        ('repnext_m0 --format coreml --dynamic hw', 2, '--dynamic hw is not possible for coreml'),
+        ('repnext_m0 --format onnx --dtype int8', 2, '--dtype int8 needs --calib, a folder of'),
+        ('repnext_m0 --out-indices 0,7', 3, 'out_indices=(0, 7) must be one or more increasing'),
+        ('repnext_m0 --preprocess embed', 2, '--preprocess embed needs a config whose data_pre'),
+        ('repnext_m0 --scope model --format onnx', 2, '--scope model is for --format pth'),
+        ('repnext_m0 --scope model', 2, '--scope model needs the config of a training and its'),
+        ('repnext_m0 --plan best', 2, "invalid choice: 'best'"),
+        ('repnext_m0 --parity-input no.jpg', 2, '--parity-input no.jpg is no readable image'),
+        ('', 2, 'the following arguments are required'),
+        ('check', 2, 'the following arguments are required: folder'),
+    ],
+)
+def test_refusals(
+    argv: str,
+    code: int,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = deploy_main(argv.split())
+    except SystemExit as stop:  # argparse
+        found = stop.code
+    error = capsys.readouterr().err
+    assert found == code, error
+    assert sentence in error
+    assert 'Traceback' not in error
+    assert len(error.strip().splitlines()[-1]) < 700
+    assert not [path for path in tmp_path.rglob('*') if path.suffix in ('.onnx', '.pth')]
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*argv: object) -> str:
+        out = tmp_path / 'out'
+        assert deploy(*argv, '--format', 'pth', '--size', 64, '--work-dir', out) == 3
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    other = tmp_path / 'other.pth'
+    torch.save(RecNeXt('m0').state_dict(), other)
+    assert "it fits RecNeXt(arch='m0')" in refused('repnext_m0', other)
+
+    fused = tmp_path / 'single.pth'
+    model = reparameterize(randomise(RepNeXt('m0')).eval(), 'single', accept_inexact=('border',))
+    torch.save(model.state_dict(), fused)
+    error = refused('repnext_m0', fused)
+    assert "already fused with plan='single', which cannot be undone to plan='exact'" in error
+    assert error.strip().endswith('Or pass --plan single.')
+
+    diverged = tmp_path / 'nan.pth'
+    state = RepNeXt('m0').state_dict()
+    next(iter(state.values()))[0] = float('nan')
+    torch.save(state, diverged)
+    assert 'has NaN or infinity' in refused('repnext_m0', diverged)
+
+    stranger = tmp_path / 'stranger.pth'
+    torch.save({'fc.weight': torch.zeros(3)}, stranger)
+    assert 'fits no network of this package' in refused(stranger)
+
+    (tmp_path / 'text.pth').write_text('hello')
+    assert 'is not a weight file' in refused(tmp_path / 'text.pth')
+
+    config = tmp_path / 'resnet.py'
+    config.write_text("model = dict(type='X', backbone=dict(type='ResNet', depth=50))")
+    assert "is 'ResNet', which this package cannot deploy" in refused(config)
+
+
+def test_a_fused_file_is_a_model(tmp_path: Path) -> None:
+    """Fused less far than asked, it is fused the rest of the way."""
+    path = tmp_path / 'branches.pth'
+    model = randomise(RepNeXt('m0')).eval()
+    torch.save(reparameterize(model, 'branches').state_dict(), path)
+    out = tmp_path / 'out'
+    assert deploy(path, '--format', 'pth', '--size', 64, '--work-dir', out) == 0
+    image = torch.randn(1, 3, 64, 64)
+    with open_artifact(out / f'{STEM}.pth') as artifact, torch.no_grad():
+        assert artifact.metadata['plan'] == 'exact'
+        for got, want in zip(artifact.run(image), model(image), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
+    again = tmp_path / 'again'
+    assert deploy(out / f'{STEM}.pth', '--format', 'pth', '--size', 64, '--work-dir', again) == 0
+
+
+def test_a_missing_package(tmp_path: Path) -> None:
+    blocked = tmp_path / 'blocked'
+    blocked.mkdir()
+    block(blocked, 'onnxscript', 'openvino')
+    path = os.pathsep.join([str(blocked), str(REPO), str(REPO / 'tests')])
+
+    def deployed(formats: str) -> subprocess.CompletedProcess:
+        tool = [sys.executable, str(REPO / 'tools' / 'deploy.py'), 'repnext_m0', '--size', '64']
+        return subprocess.run(
+            [*tool, '--format', formats],
+            cwd=tmp_path,
+            env=environment() | {'PYTHONPATH': path},
+            capture_output=True,
+            text=True,
+        )
+
+    done = deployed('onnx')
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == (
+        'error: --format onnx needs onnxscript>=0.6.2, not installed here; '
+        "run: pip install 'onnxscript>=0.6.2'"
+    )
+    assert not (tmp_path / 'work_dirs').exists()
+
+
+def test_all_skips_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, row in FORMATS.items():
+        if name not in ('pth',):
+            monkeypatch.setitem(row.packages, f'absent_{name}', f'absent-{name}>=1')
+    argv = ('repnext_m0', '--size', 64, '--format', 'all', '--work-dir', tmp_path)
+    assert deploy(*argv) == 0
+    assert 'skipped onnx: --format onnx needs absent-onnx>=1' in capsys.readouterr().out
+    report = json.loads((tmp_path / 'report.json').read_text())
+    skipped = {record['format']: record for record in report['skipped']}
+    assert set(skipped) == {name for name, row in FORMATS.items() if row.in_all} - {'pth'}
+    assert skipped['onnx']['fix'] == "run: pip install 'absent-onnx>=1'"
+
+
+def test_strict_stops_at_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ('repnext_m0', '--size', 64, '--format', 'coreml', '--work-dir', tmp_path / 'out')
+    assert deploy(*argv, '--strict') == 4
+    assert 'is tested by its makers up to torch' in capsys.readouterr().err
+
+
+# --- the folder, the disk and the signals
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'file').write_text('mine')
+    argv = ('repnext_m0', '--size', 64, '--format', 'pth', '--work-dir', tmp_path / 'file')
+    assert deploy(*argv) == 2
+    assert 'cannot be written (File exists); give another folder.' in capsys.readouterr().err
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_no_permission(tmp_path: Path) -> None:
+    (tmp_path / 'theirs').mkdir(mode=0o555)
+    tmp_path.chmod(0o755)
+    if os.geteuid():
+        with pytest.raises(UsageError, match='Permission denied'):
+            make_folder(tmp_path / 'theirs')
+        return
+    child = os.fork()  # root may write anywhere
+    if not child:
+        code = 1
+        try:
+            os.seteuid(65534)
+            make_folder(tmp_path / 'theirs')
+        except UsageError as error:
+            code = 0 if 'cannot be written (Permission denied)' in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def limited(size: int) -> Callable[[], None]:
+    """In a child: no file may become larger."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize('kind', ['pth', 'openvino'])
+def test_no_space(kind: str, tmp_path: Path) -> None:
+    tool = [sys.executable, str(REPO / 'tools' / 'deploy.py'), 'repnext_m0', '--size', '64']
+    done = subprocess.run(
+        [*tool, '--format', kind, '--work-dir', tmp_path / 'out'],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limited(2_000_000),
+    )
+    assert done.returncode == 5, done.stderr
+    assert 'Traceback' not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith('error: ')
+    # What is whole may stay.
+    assert contents(tmp_path / 'out') <= {'golden_64x64_b1.npz', 'report.json', 'report.md'}
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(signum: int, tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'notes.txt').write_text('mine')
+    process = start(
+        'deploy.py', 'repnext_m0', '--size', 64, '--format', 'pth,onnx', '--work-dir', out,
+        cwd=tmp_path,
+    )  # fmt: skip
+    log = tmp_path / 'output.txt'
+    deadline = time.monotonic() + 120
+    while '[2/2] onnx' not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    assert [path for path in out.iterdir() if path.name.startswith('.partial-')]
+    process.send_signal(signum)
+    assert process.wait(60) == 130
+    text = log.read_text()
+    assert text.strip().endswith('interrupted')
+    assert 'Traceback' not in text
+    assert contents(out) == {'notes.txt', f'{STEM}.pth', 'golden_64x64_b1.npz'}
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    left = tmp_path / f'.partial-{dead.pid}-abc'
+    left.mkdir()
+    (left / 'half.onnx').write_text('...')
+    alive = tmp_path / f'.partial-{os.getppid()}-abc'
+    alive.mkdir()
+    argv = ('repnext_m0', '--size', 64, '--format', 'pth', '--work-dir', tmp_path)
+    assert deploy(*argv) == 0
+    assert not left.exists()
+    assert alive.exists()
+
+
+# --- the table of formats
+
+
+def test_formats_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert deploy('formats', '--json') == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row['name'] for row in rows] == list(FORMATS)
+    assert deploy('formats') == 0
+    assert capsys.readouterr().out.strip() == '\n'.join(format_table())
+
+
+def test_documentation_has_the_table() -> None:
+    text = (REPO / 'docs' / 'deploy.md').read_text()
+    assert '\n'.join(format_table()) in text, 'paste what `tools/deploy.py formats` prints'
+
+
+def test_extras_install_what_formats_need() -> None:
+    config = configparser.ConfigParser()
+    config.read(REPO / 'setup.cfg')
+    extras = {
+        name: set(filter(None, text.splitlines()))
+        for name, text in config['options.extras_require'].items()
+    }
+    for row in FORMATS.values():
+        if row.packages:
+            assert set(row.packages.values()) == extras[row.name]
+        needed = {*row.packages.values(), *row.int8_packages.values()}
+        assert needed <= extras['deploy']
+        if 'int8' in row.dtypes:
+            assert needed <= extras['int8']
+
+
+def test_all_is_every_format_but_the_bridge() -> None:
+    assert [row.name for row in choose_formats('all')] == [n for n in FORMATS if n != 'torchscript']
+    assert [row.name for row in choose_formats('pt2,pth,pt2')] == ['pt2', 'pth']
+
+
+def test_every_arch_has_a_name() -> None:
+    assert {'repnext_m0', 'recnext_a0', 'recnext_t_share_channel'} <= set(NAMES)
+    assert len(NAMES) == sum(len(f.arch_zoo) for f in {family for family, _ in NAMES.values()})

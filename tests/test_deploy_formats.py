@@ -1,0 +1,326 @@
+"""Every family through every format: what is in an artifact, and what it computes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import TINY, tiny
+from rich.console import Console
+from torch import nn
+
+from repnext_mm import RecNeXt
+from repnext_mm.deploy import exporters, parity
+from repnext_mm.deploy.errors import ExportError, ParityError, SomeFailedError, UsageError
+from repnext_mm.deploy.exporters import Job, Preprocess
+from repnext_mm.deploy.formats import FORMATS
+from repnext_mm.deploy.pipeline import Export, Options
+from repnext_mm.deploy.report import Report
+from repnext_mm.deploy.runtimes import open_artifact
+from repnext_mm.deploy.source import Source
+
+FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
+RUN_HERE = [name for name, row in FORMATS.items() if row.runtime]
+
+
+def source(name: str, **kwargs: Any) -> Source:
+    return Source(name, tiny(name, **kwargs).eval(), 'random')
+
+
+def export(
+    model: Source, folder: Path, *formats: str, size: tuple[int, int] = (64, 64), **options: Any
+) -> Report:
+    chosen = [(FORMATS[name], True) for name in formats]
+    run = Export(model, Options(chosen, sizes=[size], **options), folder, Console(quiet=True))
+    report = run.run()
+    run.raise_failures()
+    return report
+
+
+def artifacts(report: Report) -> dict[str, dict]:
+    return {record['format']: record for record in report.data['artifacts']}
+
+
+def opened(report: Report, name: str) -> Any:
+    return open_artifact(FORMATS[name].file(report.folder / artifacts(report)[name]['path']))
+
+
+def assert_equal(actual: list[np.ndarray], model: nn.Module, image: torch.Tensor) -> None:
+    """Against the network as it was before fusing, in float32."""
+    with torch.no_grad():
+        expected = model(image)
+    assert len(actual) == len(expected)
+    for got, want in zip(actual, expected, strict=True):
+        scale = float(want.std())
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_format(family: str, tmp_path: Path) -> None:
+    model = source(family)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.model.modules())
+    report = export(model, tmp_path, *FORMATS)
+    found = artifacts(report)
+    assert set(found) == set(FORMATS)
+    image = torch.randn(1, 3, 64, 64)
+    for name, record in found.items():
+        assert record['status'] == ('ok' if name in RUN_HERE else 'unverified'), name
+        assert record['bn_left'] == 0, name
+        assert not [op for op in record['operations'] if 'norm' in op.lower()], name
+        assert record['path'].startswith(f'{family}_64x64_b1_exact_'), name
+        assert record['bytes'] > 10_000
+        if name not in RUN_HERE:
+            continue
+        with opened(report, name) as artifact:
+            assert artifact.metadata['arch'] == TINY[family][1], name
+            assert artifact.metadata['plan'] == 'exact'
+            assert artifact.metadata['out_channels'] == list(model.model.out_channels)
+            assert artifact.output_names == ('stage0', 'stage1', 'stage2', 'stage3'), name
+            if name != 'pth':
+                assert artifact.input_shape == (1, 3, 64, 64), name
+            assert_equal(artifact.run(image), model.model, image)
+        rows = [row for row in report.data['parity'] if row['format'] == name]
+        assert [row['output'] for row in rows] == ['stage0', 'stage1', 'stage2', 'stage3']
+        assert all(row['pass'] and row['max_rel'] <= 1e-4 for row in rows)
+    # Fusing shares one graph between formats: they all hold its convolutions.
+    counts = {name: record['convs'] for name, record in found.items() if name != 'aoti'}
+    assert len(set(counts.values())) == 1, counts
+    assert_coreml(tmp_path / found['coreml']['path'], 'fp16', model)
+    assert (tmp_path / 'verify_on_mac.py').exists()
+    assert json.loads((tmp_path / 'report.json').read_text())['status'] == 'ok'
+
+
+def assert_coreml(path: Path, dtype: str, model: Source) -> None:
+    """What a phone would be given; nothing on Linux runs it."""
+    import coremltools
+    from coremltools.proto import FeatureTypes_pb2, MIL_pb2
+
+    spec = coremltools.utils.load_spec(str(path))
+    description = spec.description
+    assert [i.name for i in description.input] == ['image']
+    assert [o.name for o in description.output] == ['stage0', 'stage1', 'stage2', 'stage3']
+    shapes = [tuple(o.type.multiArrayType.shape) for o in description.output]
+    assert [shape[1] for shape in shapes] == list(model.model.out_channels)
+    float32 = FeatureTypes_pb2.ArrayFeatureType.ArrayDataType.FLOAT32
+    for feature in [*description.input, *description.output]:
+        assert feature.type.multiArrayType.dataType == float32
+    function = spec.mlProgram.functions['main']
+    block = function.block_specializations[function.opset]
+    convolutions = [op for op in block.operations if op.type.startswith('conv')]
+    wanted = {'fp16': MIL_pb2.DataType.FLOAT16, 'fp32': MIL_pb2.DataType.FLOAT32}[dtype]
+    assert convolutions
+    assert {op.outputs[0].type.tensorType.dataType for op in convolutions} == {wanted}
+    metadata = json.loads(description.metadata.userDefined['repnext_mm'])
+    assert metadata['golden'] == 'golden_64x64_b1.npz'
+    assert (path.parent / metadata['golden']).exists()
+
+
+def test_coreml_in_float32(tmp_path: Path) -> None:
+    model = source('repnext_m')
+    report = export(model, tmp_path, 'coreml', dtype='fp32')
+    assert_coreml(tmp_path / artifacts(report)['coreml']['path'], 'fp32', model)
+
+
+@pytest.mark.parametrize('dtype', ['fp16', 'bf16'])
+def test_reduced_precision(dtype: str, tmp_path: Path) -> None:
+    names = [name for name in RUN_HERE if dtype in FORMATS[name].dtypes and name != 'aoti']
+    model = source('recnext_a')  # attention keeps float32 inside
+    full = artifacts(export(model, tmp_path / 'fp32', *names))
+    report = export(model, tmp_path / dtype, *names, dtype=dtype)
+    low, high = {'fp16': (45, 90), 'bf16': (25, 60)}[dtype]
+    for name, record in artifacts(report).items():
+        assert record['bytes'] < 0.8 * full[name]['bytes'], name
+        with opened(report, name) as artifact:
+            outputs = artifact.run(torch.randn(1, 3, 64, 64))
+        assert all(out.dtype == np.float32 for out in outputs)
+        rows = [row for row in report.data['parity'] if row['format'] == name]
+        assert all(low < row['sqnr_db'] < high for row in rows), (name, rows)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_open_height_and_width(family: str, tmp_path: Path) -> None:
+    model = source(family)
+    names = ['onnx', 'openvino'] + (['pth', 'pt2', 'torchscript'] if family == 'recnext_m' else [])
+    report = export(model, tmp_path, *names, dynamic='hw')
+    for name in names:
+        rows = [row for row in report.data['parity'] if row['format'] == name]
+        assert len({tuple(row['shape']) for row in rows if row['output'] == 'stage0'}) == 3
+        with opened(report, name) as artifact:
+            assert artifact.input_shape[2:] == (None, None)
+            for height, width in ((127, 66), (224, 251)):
+                image = torch.randn(1, 3, height, width)
+                assert_equal(artifact.run(image), model.model, image)
+
+
+def test_open_batch(tmp_path: Path) -> None:
+    model = source('recnext_a')
+    report = export(model, tmp_path, 'onnx', 'openvino', 'pt2', dynamic='batch')
+    for name in ('onnx', 'openvino', 'pt2'):
+        with opened(report, name) as artifact:
+            assert artifact.input_shape == (None, 3, 64, 64)
+            for batch in (1, 5):
+                image = torch.randn(batch, 3, 64, 64)
+                assert_equal(artifact.run(image), model.model, image)
+
+
+def test_open_size_is_refused_where_it_is_not_exact(tmp_path: Path) -> None:
+    arch = TINY['recnext_m'][1] | dict(token_mixer=dict(type='grouped', level=1))
+    model = Source('grouped', RecNeXt(arch).eval(), 'random')
+    with pytest.raises(UsageError, match=r'multiples of 2.*Export one artifact per size'):
+        export(model, tmp_path, 'onnx', dynamic='hw')
+    with pytest.raises(UsageError, match='--dynamic hw is not possible for coreml: its upsampling'):
+        export(model, tmp_path, 'coreml', dynamic='hw')
+    assert not [path for path in tmp_path.rglob('*') if path.suffix in ('.onnx', '.mlpackage')]
+
+
+def test_odd_size_by_name(tmp_path: Path) -> None:
+    model = source('recnext_m')
+    with pytest.raises(UsageError, match='--size 75: stride 32 leaves 11 px; use 64 or 96'):
+        export(model, tmp_path, 'onnx', size=(75, 90))
+    report = export(model, tmp_path, 'onnx', 'openvino', size=(75, 90), allow_odd=True)
+    assert {record['status'] for record in report.data['artifacts']} == {'ok'}
+
+
+@pytest.mark.parametrize('opset', [18, 20, 23])
+def test_opsets(opset: int, tmp_path: Path) -> None:
+    import onnx
+
+    model = source('repnext_m')
+    report = export(model, tmp_path, 'onnx', others=(('opset', opset),))
+    record = artifacts(report)['onnx']
+    graph = onnx.load(tmp_path / record['path'])
+    assert record['opset'] == opset
+    assert next(o.version for o in graph.opset_import if o.domain == '') == opset
+    # From 20 on, GELU is one operation.
+    assert ('Gelu' in record['operations']) == (opset >= 20)
+    assert not list(tmp_path.glob('*.data'))
+
+
+def test_preprocessing_inside(tmp_path: Path) -> None:
+    from mmengine.model import ImgDataPreprocessor
+
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    model = source('repnext_m')
+    model.preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True, type='DetDataPreprocessor')
+    report = export(model, tmp_path, 'onnx', 'openvino', 'pth', preprocess=True)
+    raw = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    normal = ImgDataPreprocessor(mean, std, bgr_to_rgb=True)({'inputs': [raw[0]]})['inputs']
+    for name in ('onnx', 'openvino'):
+        with opened(report, name) as artifact:
+            assert artifact.metadata['preprocess']['mean'] == list(mean)
+            with torch.no_grad():
+                expected = model.model(normal)
+            for got, want in zip(artifact.run(raw.float()), expected, strict=True):
+                atol = 1e-4 * float(want.std())
+                torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=atol)
+
+
+def test_preprocess_undo() -> None:
+    step = Preprocess((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), swap=True)
+    image = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(step.apply(step.undo(image)), image)
+
+
+def test_stages_on_request(tmp_path: Path) -> None:
+    model = source('repnext_m', out_indices=(1, 3))
+    report = export(model, tmp_path, 'onnx', 'openvino', 'pt2')
+    for name in ('onnx', 'openvino', 'pt2'):
+        with opened(report, name) as artifact:
+            assert artifact.output_names == ('stage1', 'stage3')
+            assert artifact.metadata['out_strides'] == [8, 32]
+            image = torch.randn(1, 3, 64, 64)
+            assert_equal(artifact.run(image), model.model, image)
+
+
+@pytest.mark.parametrize('plan', ['branches', 'single'])
+def test_other_plans(plan: str, tmp_path: Path) -> None:
+    model = source('repnext_m')
+    report = export(model, tmp_path, 'onnx', plan=plan)
+    record = artifacts(report)['onnx']
+    assert f'_{plan}_' in record['path']
+    # Branches merged alone, each block and downsampling keeps the norm between its mixers.
+    (fused,) = report.data['plans']
+    assert fused['bn_left'] == (8 if plan == 'branches' else 0)
+    warned = [text for text in report.data['warnings'] if 'is not exact' in text]
+    assert len(warned) == (plan == 'single')
+    worst = max(stage['max_rel'] for stage in fused['proof_float64'])
+    assert (worst > 1e-4) == (plan == 'single')
+
+
+# --- what must not get through
+
+
+def spoiled(job: Job, path: Path) -> None:
+    """An exporter with a mistake in one weight of the last stage."""
+    broken = replace(job, model=copy.deepcopy(job.model), _programs={})
+    with torch.no_grad():
+        [m for m in broken.model.modules() if isinstance(m, nn.Conv2d)][-1].bias[0] += 0.05
+    exporters.export_onnx(broken, path)
+
+
+def test_a_wrong_artifact_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=spoiled))
+    with pytest.raises(ParityError, match=r'onnx differs from the network by .* of stage3'):
+        export(source('repnext_m'), tmp_path, 'onnx')
+    (rejected,) = (tmp_path / 'rejected').iterdir()
+    assert rejected.suffix == '.onnx'
+    assert not list(tmp_path.glob('*.onnx'))
+    report = Report.load(tmp_path)
+    assert report.data['status'] == 'failed'
+    assert [row['pass'] for row in report.data['parity']] == [True, True, True, False]
+
+
+def test_one_failure_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=spoiled))
+    with pytest.raises(SomeFailedError, match='1 of 2 artifacts failed: onnx: ') as caught:
+        export(source('repnext_m'), tmp_path, 'onnx', 'pth')
+    assert caught.value.exit_code == 7
+    assert [path.suffix for path in tmp_path.glob('repnext*')] == ['.pth']
+
+
+def test_a_norm_that_was_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = source('repnext_m')
+
+    def unfused(job: Job, path: Path) -> None:
+        exporters.export_onnx(replace(job, model=model.model, _programs={}), path)
+
+    monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=unfused))
+    # torch.onnx folds what it can, so that not all of them are left.
+    with pytest.raises(ExportError, match=r'onnx holds \d+ BatchNorm, though plan exact leaves'):
+        export(model, tmp_path, 'onnx')
+    assert not list(tmp_path.glob('**/*.onnx'))
+
+
+def test_compare_sees_every_kind_of_difference() -> None:
+    want = np.random.default_rng(0).standard_normal((1, 2, 3, 3))
+    golden = parity.Golden(np.zeros((1, 3, 4, 4), np.float32), {'stage0': want})
+    tolerance = parity.TOLERANCES['fp32']
+
+    def passes(*outputs: np.ndarray) -> bool:
+        return all(row.passed for row in parity.compare(outputs, golden, tolerance))
+
+    assert passes(want.astype(np.float32))
+    one_wrong = want.copy()
+    one_wrong[0, 1, 2, 2] += 2e-4 * want.std()
+    assert not passes(one_wrong)
+    assert not passes(want[..., :2])
+    assert not passes()
+    assert not passes(np.where(want == want.max(), np.nan, want))
+
+
+def test_golden_survives_a_file(tmp_path: Path) -> None:
+    model = tiny('repnext_m').eval()
+    before = parity.golden(model, torch.randn(1, 3, 64, 64), ['a', 'b', 'c', 'd'])
+    assert next(model.parameters()).dtype == torch.float32
+    before.save(tmp_path / 'golden.npz')
+    after = parity.Golden.load(tmp_path / 'golden.npz')
+    assert list(after.outputs) == ['a', 'b', 'c', 'd']
+    assert all((after.outputs[k] == v).all() for k, v in before.outputs.items())
+    assert after.outputs['a'].dtype == np.float64
