@@ -237,7 +237,7 @@ def _shown(path: str | Path) -> str:
 
 def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> None:
     """Import the framework, put sample data in place, check the data, choose the device."""
-    _import_framework(cfg.get('default_scope'))
+    import_framework(cfg.get('default_scope'))
     if sample := cfg.get('sample_data_root'):
         _ensure_sample_data(sample)
     if int(os.environ['LOCAL_RANK']) == 0:
@@ -258,7 +258,7 @@ def _make_work_dir(path: Path) -> None:
         ) from error
 
 
-def _import_framework(scope: str | None) -> None:
+def import_framework(scope: str | None) -> None:
     """Fill the registries of the framework that the config is written for."""
     if scope in (None, 'mmengine'):
         return

@@ -103,19 +103,30 @@ class RequireFit(Hook):
             UserError: Less than 99 % of the model's entries are in the checkpoint.
         """
         model = getattr(runner.model, 'module', runner.model)
-        own = {key: value.shape for key, value in model.state_dict().items()}
-        given = {
-            key.removeprefix('module.'): getattr(value, 'shape', None)
-            for key, value in checkpoint.get('state_dict', checkpoint).items()
-        }
-        matched = sum(given.get(key) == shape for key, shape in own.items())
-        if matched < MATCHED_SHARE * len(own):
-            unfit = next(key for key, shape in own.items() if given.get(key) != shape)
-            raise UserError(
-                f'{runner.cfg.load_from} does not fit the config: {matched} of the {len(own)} '
-                f'entries of the model match, {unfit} is the first that does not; use the config '
-                'that the checkpoint was trained with, it lies beside it in the work dir.'
-            )
+        require_fit(model, checkpoint, str(runner.cfg.load_from))
+
+
+def require_fit(
+    model: nn.Module, checkpoint: dict[str, Any], path: str, share: float = MATCHED_SHARE
+) -> None:
+    """Compare the names and shapes of a checkpoint of a run with those of `model`.
+
+    Raises:
+        UserError: Less than `share` of the model's entries are in the checkpoint.
+    """
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    given = {
+        key.removeprefix('module.'): getattr(value, 'shape', None)
+        for key, value in checkpoint.get('state_dict', checkpoint).items()
+    }
+    matched = sum(given.get(key) == shape for key, shape in own.items())
+    if matched < share * len(own):
+        unfit = next(key for key, shape in own.items() if given.get(key) != shape)
+        raise UserError(
+            f'{path} does not fit the config: {matched} of the {len(own)} '
+            f'entries of the model match, {unfit} is the first that does not; use the config '
+            'that the checkpoint was trained with, it lies beside it in the work dir.'
+        )
 
 
 class SkipSeenData(Hook):
