@@ -50,6 +50,12 @@ class ExportedBackbone(BaseModule):
         paths = [artifact] if isinstance(artifact, str | Path) else [*artifact]
         threads = threads or torch.get_num_threads()
         self.artifacts = [open_artifact(p, threads=threads, precision=precision) for p in paths]
+        for each in self.artifacts:
+            if each.metadata.get('preprocess'):
+                raise ArtifactError(
+                    f'{each.path} normalises its images itself, and detectors and segmentors hand '
+                    'on normalised ones; export it with --preprocess none.'
+                )
         found = [_try(each) for each in self.artifacts]
         for each, maps in zip(self.artifacts, found):
             if maps != found[0]:

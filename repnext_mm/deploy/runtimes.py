@@ -360,7 +360,6 @@ class FusedArtifact(TorchArtifact):
 
     def load_module(self) -> None:
         from .. import backbones
-        from .exporters import Deployed
 
         checkpoint = read_checkpoint(self.path, str(self.path))
         meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
@@ -381,7 +380,8 @@ class FusedArtifact(TorchArtifact):
         dtype = next(t.dtype for t in state.values() if t.is_floating_point())
         if self.metadata.get('layout') == 'channels_last':
             model.to(memory_format=torch.channels_last)
-        self.module = Deployed(model.to(dtype), dtype).eval()
+        model.to(dtype).eval()
+        self.module = lambda images: model(images.to(dtype))
 
 
 KINDS: dict[str, type[Artifact]] = {
