@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -433,6 +433,30 @@ def test_no_space(kind: str, tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith('error: ')
     # What is whole may stay.
     assert contents(tmp_path / 'out') <= {'golden_64x64_b1.npz', 'report.json', 'report.md'}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(disk)]
+    if not shutil.which('mount') or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip('needs the right to mount a file system')
+    yield disk
+    subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ('repnext_m0', '--size', 64, '--format', 'pth,torchscript', '--work-dir', small_disk)
+    assert deploy(*argv) == 5
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f'error: {small_disk} cannot take the files (')
+    assert error.endswith('free some space, or give another --work-dir.')
+    # What was half-written is gone, so that there is room to report the failure.
+    assert contents(small_disk) == {'golden_64x64_b1.npz', 'report.json', 'report.md'}
+    report = json.loads((small_disk / 'report.json').read_text())
+    assert [f['format'] for f in report['failures']] == ['pth', 'torchscript']
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -167,23 +167,27 @@ class Job:
 def export_pth(job: Job, path: Path) -> None:
     """The fused state dict, for this package's own backbone with `deploy=`."""
     state = job.deployed().backbone.state_dict()
-    torch.save({'state_dict': state, 'meta': {METADATA_KEY: job.metadata_text}}, path)
+    content = {'state_dict': state, 'meta': {METADATA_KEY: job.metadata_text}}
+    with in_memory(path) as buffer:
+        torch.save(content, buffer)
 
 
 def export_pt2(job: Job, path: Path) -> None:
     """An exported program, PyTorch's neutral format."""
-    torch.export.save(job.program(), path, extra_files={METADATA_KEY: job.metadata_text})
+    with in_memory(path) as buffer:
+        torch.export.save(job.program(), buffer, extra_files={METADATA_KEY: job.metadata_text})
 
 
 def export_aoti(job: Job, path: Path) -> None:
     """A library compiled by AOTInductor for the processor at hand."""
     from torch import _inductor
 
-    _inductor.aoti_compile_and_package(
-        job.program(device=job.device),
-        package_path=str(path),
-        inductor_configs={'aot_inductor.metadata': {METADATA_KEY: job.metadata_text}},
-    )
+    with in_memory(path) as buffer:
+        _inductor.aoti_compile_and_package(
+            job.program(device=job.device),
+            package_path=buffer,
+            inductor_configs={'aot_inductor.metadata': {METADATA_KEY: job.metadata_text}},
+        )
 
 
 def export_onnx(job: Job, path: Path) -> None:
@@ -223,7 +227,8 @@ def export_openvino(job: Job, path: Path) -> None:
 def export_torchscript(job: Job, path: Path) -> None:
     """A traced module, the bridge to tools that read nothing newer."""
     module = torch.jit.freeze(trace(job))
-    torch.jit.save(module, path, _extra_files={METADATA_KEY: job.metadata_text})
+    with in_memory(path) as buffer:
+        torch.jit.save(module, buffer, _extra_files={METADATA_KEY: job.metadata_text})
 
 
 def trace(job: Job, dtype: str | None = None) -> torch.jit.ScriptModule:
@@ -276,6 +281,17 @@ def export_coreml(job: Job, path: Path) -> None:
     model.version = job.metadata['version']
     model.user_defined_metadata[METADATA_KEY] = job.metadata_text
     model.save(str(path))
+
+
+@contextmanager
+def in_memory(path: Path) -> Iterator[BytesIO]:
+    """A buffer that is written to `path` when it is complete.
+
+    torch's own writer ends the process, from a destructor, when a disk is full.
+    """
+    buffer = BytesIO()
+    yield buffer
+    path.write_bytes(buffer.getbuffer())
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from .errors import (
     UsageError,
 )
 from .exporters import Job, Preprocess, quiet
-from .folders import disk_errors, make_folder, partial_folder, place, shown
+from .folders import disk_errors, make_folder, partial_folder, place, remove, shown
 from .formats import Format
 from .inspection import batch_norms, convolutions
 from .parity import (
@@ -354,15 +354,19 @@ class Export:
                     with disk_errors(self.folder):
                         self._one(row, job, goldens[name], partial, report)
                 except (ExportError, ParityError, DependencyError) as error:
-                    self.failures.append((row.name, error))
+                    # Without its traceback, which holds files open that take up a full disk.
+                    self.failures.append((row.name, type(error)(str(error))))
                     self.say(f'      FAILED: {error}')
+                    for left in partial.iterdir():
+                        remove(left)
         data = report.data
         if self.earlier is not None:
             report.keep(self.earlier)
         data['warnings'], data['skipped'] = self.warnings, self.skipped
         data['failures'] = [{'format': name, 'reason': str(error)} for name, error in self.failures]
         data['status'] = 'failed' if self.failures else 'ok'
-        report.save()
+        with disk_errors(self.folder):
+            report.save()
         return report
 
     def raise_failures(self) -> None:
