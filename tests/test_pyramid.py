@@ -237,7 +237,8 @@ def test_fusing_is_equal_and_loads_into_a_deploy_model(name, plan):
     assert not again.fusion_report.rewrites
     deploy = tiny(name, deploy=plan).double()
     deploy.eval().load_state_dict(fused.state_dict())
-    assert all(e.max_abs == 0 for e in prove(fused, deploy, (64, 64)))
+    # `fused` computes operation by operation, `deploy` in the other memory format.
+    assert all(e.max_rel < 1e-12 for e in prove(fused, deploy, (64, 64)))
     exact = reparameterize(fused, 'single', accept_inexact=('border',))
     assert not norms(exact)
 

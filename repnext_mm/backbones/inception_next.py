@@ -17,32 +17,48 @@ from timm.models import inception_next as timm_inception_next
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.depthwise import TrainForm
+from ..layers.forms import TrainingLayer
 from ..layers.fusible import Fusible, Note
+from ..layers.gelu import GELU
 from ..layers.metanext import linear_rates, make_stages
+from ..layers.norm_folding import convolve, frozen_affine, separate
+from ..layers.recompute import Recomputed, kept_as_recipes
 from ..reparam import folding, kernels
 from ..reparam.plans import Plan
 from .pyramid import PyramidBackbone
 
 
-class PatchEmbedding(nn.Sequential, Fusible):
+class PatchEmbedding(nn.Sequential, Fusible, TrainingLayer):
     """4x4 convolution of stride 4, then norm. `(N, 3, H, W) -> (N, C, H // 4, W // 4)`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(nn.Conv2d(3, channels, 4, stride=4), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = cast('tuple[nn.Conv2d, nn.BatchNorm2d]', tuple(self))
+        if self.train_form == 'branches' or norm.training:
+            return norm(conv(x))
+        return convolve(x, conv, after=frozen_affine(norm))
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         note('convolution and norm to one convolution')
         return folding.fold_norm_backward(*self)
 
 
-class PatchMerging(nn.Sequential, Fusible):
+class PatchMerging(nn.Sequential, Fusible, TrainingLayer):
     """Norm, then 2x2 convolution of stride 2. `(N, C, H, W) -> (N, C', H // 2, W // 2)`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
             nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, out_channels, 2, stride=2)
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, conv = cast('tuple[nn.BatchNorm2d, nn.Conv2d]', tuple(self))
+        if self.train_form == 'branches':
+            return conv(norm(x))
+        x, affine = separate(norm, x)
+        return convolve(x, conv, before=affine)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan == 'branches':
@@ -51,13 +67,29 @@ class PatchMerging(nn.Sequential, Fusible):
         return folding.fold_norm_forward(*self)
 
 
-class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible):
+class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, TrainingLayer):
     """timm's block: `x + drop_path(gamma * mlp(norm(token_mixer(x))))`, shape-preserving."""
 
     token_mixer: nn.Module
     norm: nn.Module
     mlp: Any
+    drop_path: nn.Module
     gamma: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.train_form == 'branches':
+            return super().forward(x)
+        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
+        mixed, affine = separate(self.norm, self.token_mixer(x))
+        hidden = convolve(mixed, fc1, before=affine)
+        activated = act(hidden)
+        recipe = Recomputed(activated, act, hidden) if self.recomputes() else None
+        with kept_as_recipes(recipe):
+            out = fc2(activated)
+        # Folded into `fc2`, a small layer scale would vanish in float16.
+        if self.gamma is not None:
+            out = out * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(out)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan == 'branches':
@@ -100,10 +132,10 @@ def _row(channels: tuple[int, ...], depths: tuple[int, ...], **extra: Any) -> di
 class InceptionNeXt(PyramidBackbone):
     """InceptionNeXt atto, tiny, small and base as a feature pyramid.
 
-    Arguments are those of `PyramidBackbone`; `train_form` changes nothing, since nothing merges
-    before fusing. `drop_path_rate` rises linearly from 0 at the first block. Strided
-    convolutions here have no padding: sizes are rounded down, and the image needs at least the
-    stride of the last stage in both directions.
+    Arguments are those of `PyramidBackbone`; no branches merge before fusing. `drop_path_rate`
+    rises linearly from 0 at the first block. Strided convolutions here have no padding: sizes
+    are rounded down, and the image needs at least the stride of the last stage in both
+    directions.
 
     A custom `arch` is a dict with `channels` and `depths` (four each), and optionally
     `mlp_ratios` (four), `band_kernel_size`, `square_kernel_size`, `branch_ratio` and
@@ -134,7 +166,7 @@ class InceptionNeXt(PyramidBackbone):
         'base': _row((128, 256, 512, 1024), (3, 3, 27, 3)),
     }
 
-    def build(self, settings: dict[str, Any], drop_path_rate: float, train_form: TrainForm) -> None:
+    def build(self, settings: dict[str, Any], drop_path_rate: float) -> None:
         channels, depths = settings['channels'], settings['depths']
         rates = linear_rates(drop_path_rate, depths)
         mixer = partial(
@@ -146,6 +178,7 @@ class InceptionNeXt(PyramidBackbone):
             return InceptionBlock(
                 channels[i],
                 token_mixer=mixer,
+                act_layer=GELU,
                 mlp_ratio=settings['mlp_ratios'][i],
                 ls_init_value=settings['ls_init_value'],
                 drop_path=rates[i][j],

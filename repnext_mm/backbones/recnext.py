@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..layers.depthwise import TrainForm
 from ..layers.linear_attention import RecursiveAttention
 from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, make_stages
 from ..layers.recursive import RECURSIVE_CONVS, UPSAMPLE_MODES
@@ -120,16 +119,14 @@ class RecNeXt(PyramidBackbone):
         'b_share_channel': _B | _SHARE,
     }
 
-    def build(self, settings: dict[str, Any], drop_path_rate: float, train_form: TrainForm) -> None:
+    def build(self, settings: dict[str, Any], drop_path_rate: float) -> None:
         series, channels, depths = (settings[k] for k in ('series', 'channels', 'depths'))
         if series not in DESIGNS:
             raise ValueError(f'arch series={series!r} is not one of {", ".join(DESIGNS)}.')
         mlp_ratios = _per_stage('mlp_ratio', settings['mlp_ratio'])
         token_mixers = _token_mixer_options(series, settings['token_mixer'])
         _check_widths(series, channels, token_mixers)
-        design = DESIGNS[series](
-            channels, depths, mlp_ratios, token_mixers, drop_path_rate, train_form
-        )
+        design = DESIGNS[series](channels, depths, mlp_ratios, token_mixers, drop_path_rate)
         self.strides = design.strides
         self.stem = nn.Sequential()
         self.stem.add_module('stem', design.stem())

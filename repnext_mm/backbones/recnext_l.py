@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.conv_norm import ConvNorm
-from ..layers.depthwise import TrainForm
 from ..layers.linear_attention import LinearAttention, RecursiveAttention
 from ..layers.metanext import Downsample, channel_mixer, conv_stem, drop_path, linear_rates
 from ..layers.rep_mixer import RepMixer
@@ -67,10 +66,9 @@ class RepMixerBlock(nn.Module):
         token_mixer: nn.Module,
         mlp_ratio: float,
         drop_path_rate: float,
-        train_form: TrainForm,
     ) -> None:
         super().__init__()
-        self.rep_mixer = RepMixer(channels, train_form)
+        self.rep_mixer = RepMixer(channels)
         self.token_mixer = token_mixer
         self.channel_mixer = channel_mixer(channels, mlp_ratio, bias=True)
         self.drop_path = drop_path(drop_path_rate)
@@ -100,7 +98,6 @@ class Design(ABC):
     mlp_ratios: Sequence[float]
     token_mixers: Sequence[dict[str, Any]]
     drop_path_rate: float
-    train_form: TrainForm
 
     @abstractmethod
     def stem(self) -> nn.Module:
@@ -139,7 +136,7 @@ class LargeDesign(Design):
             mixer = PartialAttention(channels, recursive=stage < (2 if share else 3))
         block = SharingBlock if sharing else RepMixerBlock
         ratio, rate = self.mlp_ratios[stage], self.rates[stage][index]
-        return block(channels, mixer, ratio, rate, self.train_form)
+        return block(channels, mixer, ratio, rate)
 
     def downsample(self, stage: int) -> nn.Module:
         before, after = self.channels[stage - 1 : stage + 1]

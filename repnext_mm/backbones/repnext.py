@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..layers.depthwise import TrainForm
 from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, make_stages
 from ..layers.repconv import ChunkConv, CopyConv
 from .pyramid import PyramidBackbone
@@ -55,7 +54,7 @@ class RepNeXt(PyramidBackbone):
         'm2e': _row(56, (3, 3, 15, 2), single_branch=True),
     }
 
-    def build(self, settings: dict[str, Any], drop_path_rate: float, train_form: TrainForm) -> None:
+    def build(self, settings: dict[str, Any], drop_path_rate: float) -> None:
         channels, ratio = settings['channels'], settings['mlp_ratio']
         single = settings['single_branch']
         self._check_widths(channels, single)
@@ -63,11 +62,11 @@ class RepNeXt(PyramidBackbone):
         self.stem.add_module('stem', conv_stem(channels[0]))
 
         def block(i: int, _: int) -> nn.Module:
-            mixer = _block_mixer(channels[i], single, train_form)
+            mixer = _block_mixer(channels[i], single)
             return MetaNeXtBlock(channels[i], mixer, ratio, drop_path_rate)
 
         def downsample(i: int) -> nn.Module:
-            mixer = _downsample_mixer(channels[i - 1], single, train_form)
+            mixer = _downsample_mixer(channels[i - 1], single)
             return Downsample(channels[i], mixer, ratio)
 
         self.stages = make_stages(settings['depths'], block, downsample)
@@ -82,13 +81,13 @@ class RepNeXt(PyramidBackbone):
             )
 
 
-def _block_mixer(channels: int, single: bool, train_form: TrainForm) -> nn.Module:
+def _block_mixer(channels: int, single: bool) -> nn.Module:
     if single:
         return nn.Conv2d(channels, channels, 11, padding=5, groups=channels)
-    return ChunkConv(channels, train_form)
+    return ChunkConv(channels)
 
 
-def _downsample_mixer(channels: int, single: bool, train_form: TrainForm) -> nn.Module:
+def _downsample_mixer(channels: int, single: bool) -> nn.Module:
     if single:
         return nn.Conv2d(channels, 2 * channels, 7, stride=2, padding=3, groups=channels)
-    return CopyConv(channels, train_form)
+    return CopyConv(channels)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..reparam import folding, kernels
 from ..reparam.plans import Plan
+from .depthwise_conv import depthwise_conv2d
+from .forms import TrainingLayer
 from .fusible import Fusible, Note
-
-TrainForm = Literal['merged', 'branches']
-TRAIN_FORMS: tuple[TrainForm, ...] = get_args(TrainForm)
+from .norm_folding import Affine
 
 #: One branch: the sizes of the kernels that it applies one after the other.
 Branch = tuple[tuple[int, int], ...]
@@ -33,7 +30,7 @@ def branch_dilation(size: tuple[int, int]) -> int:
     return 2 if size == (2, 2) else 1
 
 
-class BranchedDepthwise(Fusible):
+class BranchedDepthwise(Fusible, TrainingLayer):
     """Sum of parallel depthwise branches, each one kernel or a pair of strips in series.
 
     There is no norm and no nonlinearity inside, so the sum is one depthwise convolution of the
@@ -50,11 +47,9 @@ class BranchedDepthwise(Fusible):
         channels: int,
         branches: tuple[Branch, ...],
         stride: int = 1,
-        train_form: TrainForm = 'merged',
     ) -> None:
         super().__init__()
         self.branches = branches
-        self.train_form = train_form
         self.stride = stride
         self.kernel_size = max(size for branch in branches for size in branch)
         self.groups = channels
@@ -93,12 +88,17 @@ class BranchedDepthwise(Fusible):
                 biases.append(first.bias.to(dtype))
         return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
+        """`after` is applied to the output; only in the 'merged' form."""
         if self.train_form == 'branches':
+            assert after is None
             return self.forward_branches(x)
         weight, bias = self.merged_kernel()
-        padding = [k // 2 for k in self.kernel_size]
-        return F.conv2d(x, weight, bias, self.stride, padding, groups=self.groups)
+        if after is not None:
+            weight, bias = kernels.fold_output(weight, bias, *after)
+        height, width = (k // 2 for k in self.kernel_size)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return depthwise_conv2d(x, weight, bias, self.stride, (height, width))
 
     def forward_branches(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -119,7 +119,7 @@ class BranchedDepthwise(Fusible):
         )
 
     def extra_repr(self) -> str:
-        return f'stride={self.stride}, train_form={self.train_form!r}'
+        return f'stride={self.stride}'
 
 
 def _strip_stride(size: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -12,14 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..reparam import folding
 from ..reparam.plans import Plan
-from .conv_norm import ConvNorm
+from .conv_norm import ConvChain, ConvNorm
+from .forms import TrainingLayer
 from .fusible import Fusible, Note
+from .gelu import GELU
+from .norm_folding import convolve, frozen_affine
 from .recompute import run_checkpointed
+from .repconv import CopyConv
 
 
 def conv_stem(
     channels: int, steps: int = 2, bias: bool = False, final_activation: bool = False
-) -> nn.Sequential:
+) -> ConvChain:
     """Strided 3x3 convolutions with GELU between them, each twice as wide as the one before.
 
     `(N, 3, H, W) -> (N, channels, H / 2**steps, W / 2**steps)`, rounded up.
@@ -27,15 +31,15 @@ def conv_stem(
     widths = [3, *(channels // 2**k for k in reversed(range(steps)))]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [ConvNorm(before, after, 3, stride=2, padding=1, bias=bias), nn.GELU()]
-    return nn.Sequential(*(layers if final_activation else layers[:-1]))
+        layers += [ConvNorm(before, after, 3, stride=2, padding=1, bias=bias), GELU()]
+    return ConvChain(*(layers if final_activation else layers[:-1]))
 
 
-def channel_mixer(channels: int, ratio: float, bias: bool = False) -> nn.Sequential:
+def channel_mixer(channels: int, ratio: float, bias: bool = False) -> ConvChain:
     """Two 1x1 convolutions around a GELU, hidden width `int(channels * ratio)`."""
     hidden = int(channels * ratio)
-    return nn.Sequential(
-        ConvNorm(channels, hidden, bias=bias), nn.GELU(), ConvNorm(hidden, channels, bias=bias)
+    return ConvChain(
+        ConvNorm(channels, hidden, bias=bias), GELU(), ConvNorm(hidden, channels, bias=bias)
     )
 
 
@@ -74,7 +78,7 @@ class MetaNeXtBlock(Fusible):
         self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.channel_mixer(self.norm(self.token_mixer(x))))
+        return x + self.drop_path(self.channel_mixer(self.token_mixer(x), self.norm))
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan != 'branches' and isinstance(self.norm, _BatchNorm):
@@ -85,7 +89,7 @@ class MetaNeXtBlock(Fusible):
         return self
 
 
-class Downsample(Fusible):
+class Downsample(Fusible, TrainingLayer):
     """`y = norm(token_mixer(x)); y + drop_path(channel_mixer(y))`.
 
     `(N, C, H, W) -> (N, out_channels, H / 2, W / 2)`, rounded up; `token_mixer` does the stride.
@@ -111,8 +115,18 @@ class Downsample(Fusible):
         self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.token_mixer(x))
+        y = self.mix(x)
         return y + self.drop_path(self.channel_mixer(y))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """`norm(token_mixer(x))`; frozen statistics are folded into the mixer."""
+        norm, mixer = self.norm, self.token_mixer
+        if self.train_form == 'merged' and isinstance(norm, _BatchNorm) and not norm.training:
+            if isinstance(mixer, nn.Conv2d):
+                return convolve(x, mixer, after=frozen_affine(norm))
+            if isinstance(mixer, CopyConv):
+                return mixer(x, frozen_affine(norm))
+        return norm(mixer(x))
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan != 'branches' and isinstance(self.norm, _BatchNorm):

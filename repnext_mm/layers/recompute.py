@@ -1,11 +1,12 @@
-"""Activation checkpointing that leaves BatchNorm's running statistics right."""
+"""Results recomputed in backward instead of kept: of whole blocks, or of single operations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -39,3 +40,52 @@ def run_checkpointed(module: nn.Module, *inputs: Tensor) -> Any:
         return nullcontext(), _statistics_held(module)
 
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+class Recomputed:
+    """A map that backward gets by computing it again, `function(source)`.
+
+    `source` is the map that is kept, or itself recomputed. The memory of `map` is freed as soon
+    as the forward pass lets go of it.
+    """
+
+    def __init__(
+        self, map: Tensor, function: Callable[[Tensor], Tensor], source: Tensor | Recomputed
+    ) -> None:
+        self.memory = map.untyped_storage().data_ptr()
+        self.function = function
+        self.source = source.detach() if isinstance(source, Tensor) else source
+        self._value: Tensor | None = None
+
+    def value(self, keep: bool = False) -> Tensor:
+        """The map; `keep` it for the next call, which is about to come."""
+        value, self._value = self._value, None
+        if value is None:
+            source = self.source
+            with torch.no_grad():
+                value = self.function(source if isinstance(source, Tensor) else source.value(True))
+        if keep:
+            self._value = value
+        return value
+
+
+@contextmanager
+def kept_as_recipes(*recipes: Recomputed | None) -> Iterator[None]:
+    """Whatever autograd saves of the maps of `recipes` in this context, it keeps as a recipe."""
+    if not any(recipes):
+        yield
+        return
+    by_memory = {recipe.memory: recipe for recipe in recipes if recipe is not None}
+
+    def pack(x: Tensor) -> Any:
+        recipe = by_memory.get(x.untyped_storage().data_ptr())
+        return x if recipe is None else (recipe, x.shape, x.stride(), x.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        recipe, *view = packed
+        return recipe.value().as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

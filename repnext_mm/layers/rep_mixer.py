@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..reparam import folding, kernels
 from ..reparam.plans import Plan
 from .conv_norm import ConvNorm
-from .depthwise import TrainForm
+from .forms import TrainingLayer
 from .fusible import Fusible, Note
 
 
-class RepMixer(Fusible):
+class RepMixer(Fusible, TrainingLayer):
     """`lk` (3x3 and norm) + `sk` (1x1 and norm) + identity, depthwise, shape-preserving.
 
     While a norm uses batch statistics, the branches must be computed one by one. With frozen
@@ -25,9 +25,8 @@ class RepMixer(Fusible):
     lk: Any
     sk: Any
 
-    def __init__(self, channels: int, train_form: TrainForm = 'merged', bias: bool = True) -> None:
+    def __init__(self, channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.train_form = train_form
         self.groups = channels
         self.lk = ConvNorm(channels, channels, 3, padding=1, groups=channels, bias=bias)
         self.sk = ConvNorm(channels, channels, groups=channels, bias=bias)
@@ -51,6 +50,3 @@ class RepMixer(Fusible):
         note('3x3, 1x1 and identity to one 3x3 depthwise convolution')
         merged = self.merge(folding.weights(self.lk), folding.weights(self.sk))
         return folding.conv2d(*merged, like=self.lk)
-
-    def extra_repr(self) -> str:
-        return f'train_form={self.train_form!r}'

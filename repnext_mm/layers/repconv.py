@@ -10,8 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..reparam import folding, kernels
 from ..reparam.plans import Plan
-from .depthwise import Branch, BranchedDepthwise, DeinterleavedConv2d, TrainForm
+from .depthwise import Branch, BranchedDepthwise, DeinterleavedConv2d
+from .forms import TrainingLayer, is_channels_last, runs_eagerly
 from .fusible import Fusible, Note
+from .norm_folding import Affine, convolve
+from .recompute import Recomputed, kept_as_recipes
 
 SMALL: tuple[Branch, ...] = (((3, 3),), ((1, 3),), ((3, 1),), ((2, 2),))
 SMALL_SERIAL: tuple[Branch, ...] = (((3, 3),), ((1, 3), (3, 1)), ((2, 2),))
@@ -25,7 +28,26 @@ MEDIUM: tuple[Branch, ...] = (
 LARGE = 11
 
 
-class ChunkConv(Fusible):
+class StripPair(nn.Sequential, TrainingLayer):
+    """A row and a column convolution in series, each with a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, column = cast('tuple[nn.Conv2d, nn.Conv2d]', tuple(self))
+        between = row(x)
+        if not self.recomputes():
+            return column(between)
+        dtype = between.dtype
+
+        def again(source: Tensor) -> Tensor:
+            # Backward runs outside the autocast context that the forward pass may have had.
+            weight, bias = (cast(Tensor, p).detach().to(dtype) for p in (row.weight, row.bias))
+            return row._conv_forward(source.to(dtype), weight, bias)
+
+        with kept_as_recipes(Recomputed(between, again, x)):
+            return column(between)
+
+
+class ChunkConv(Fusible, TrainingLayer):
     """Four channel chunks: identity, small, medium and large depthwise convolutions.
 
     `(N, C, H, W) -> (N, C, H, W)`, C divisible by 4 (RepNeXt, arXiv 2406.16004, section 3.2).
@@ -35,19 +57,23 @@ class ChunkConv(Fusible):
     conv_s: Any
     conv_m: Any
 
-    def __init__(self, channels: int, train_form: TrainForm = 'merged') -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         width = channels // 4
-        self.conv_s = BranchedDepthwise(width, SMALL, train_form=train_form)
-        self.conv_m = BranchedDepthwise(width, MEDIUM, train_form=train_form)
+        self.conv_s = BranchedDepthwise(width, SMALL)
+        self.conv_m = BranchedDepthwise(width, MEDIUM)
         pad = LARGE // 2
-        self.conv_l = nn.Sequential(
+        self.conv_l = StripPair(
             nn.Conv2d(width, width, (1, LARGE), padding=(0, pad), groups=width),
             nn.Conv2d(width, width, (LARGE, 1), padding=(pad, 0), groups=width),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        i, s, m, large = x.chunk(4, dim=1)
+        i, *chunks = x.chunk(4, dim=1)
+        if self.train_form == 'merged' and runs_eagerly() and is_channels_last(x):
+            # A chunk has gaps; each convolution would close them, in forward and in backward.
+            chunks = [c.contiguous(memory_format=torch.channels_last) for c in chunks]
+        s, m, large = chunks
         return torch.cat((i, self.conv_s(s), self.conv_m(m), self.conv_l(large)), dim=1)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
@@ -85,13 +111,21 @@ class CopyConv(Fusible):
     conv_s: Any
     conv_m: Any
 
-    def __init__(self, channels: int, train_form: TrainForm = 'merged') -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv_s = BranchedDepthwise(channels, SMALL_SERIAL, stride=2, train_form=train_form)
-        self.conv_m = BranchedDepthwise(channels, MEDIUM, stride=2, train_form=train_form)
+        self.conv_s = BranchedDepthwise(channels, SMALL_SERIAL, stride=2)
+        self.conv_m = BranchedDepthwise(channels, MEDIUM, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.conv_s(x), self.conv_m(x)), dim=1)
+    def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
+        """`after` is applied to the output; only in the 'merged' train form."""
+        convs = self.conv_s, self.conv_m
+        if after is None:
+            return torch.cat([conv(x) for conv in convs], dim=1)
+        outs = []
+        for conv, half in zip(convs, zip(*(t.chunk(2) for t in after), strict=True), strict=True):
+            merges = isinstance(conv, BranchedDepthwise)
+            outs.append(conv(x, half) if merges else convolve(x, conv, after=half))
+        return torch.cat(outs, dim=1)
 
     def fold_norm_backward(self, norm: _BatchNorm) -> CopyConv:
         """Fold the norm that follows into the two convolutions, each taking its channels."""

@@ -110,11 +110,16 @@ def fuse_backbone(
     backbone: PyramidBackbone, plan: Plan, accept_inexact: Collection[str] = ()
 ) -> FusionReport:
     """Fuse `backbone` in place; its state is undefined if this raises (see `reparameterize`)."""
+    from ..layers.forms import configure
+
     report = FusionReport(plan, params_before=count_parameters(backbone))
     for name, child in list(backbone.named_children()):
         setattr(backbone, name, _fuse(child, name, plan, report, accept_inexact))
     report.params_after = count_parameters(backbone)
     report.norms_left = [n for n, m in backbone.named_modules() if isinstance(m, _BatchNorm)]
+    # 'branches' stands for the published fused model, so it computes as that does.
+    backbone.train_form = 'branches' if plan == 'branches' else 'merged'
+    configure(backbone, train_form=backbone.train_form)
     backbone.plan = plan
     backbone.fusion_report = report
     backbone.train(backbone.training)  # freezes what replaced frozen parameters
