@@ -21,6 +21,7 @@ if 'repnext_mm.doctor' not in sys.orig_argv:
     from .backbones import InceptionNeXt, RecNeXt, RepNeXt
     from .checkpoints.safe_globals import allow_mmengine_checkpoints
     from .deploy.exported_backbone import ExportedBackbone
+    from .optimize import optimize
     from .reparam import prove, reparameterize
 
     # mmengine reads its own checkpoints with torch's safe default, which needs to know their
@@ -33,6 +34,7 @@ __all__ = [
     'RecNeXt',
     'RepNeXt',
     '__version__',
+    'optimize',
     'prove',
     'reparameterize',
 ]

@@ -1,0 +1,257 @@
+"""The fast ways of computing equal the published one, and are the ones that run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mm_models import build, sample_batch, sample_data
+from mmengine.config import Config
+from networks import TINY, grads, image, tiny
+from torch import nn
+
+from repnext_mm import optimize
+from repnext_mm.layers import GELU, depthwise_conv
+from repnext_mm.layers.forms import is_channels_last
+from repnext_mm.layers.norm_folding import separate
+
+NETWORKS = pytest.mark.parametrize('name', TINY)
+MODES = pytest.mark.parametrize('mode', ['train', 'norm_eval', 'eval', 'frozen'])
+
+
+def pair(name: str, mode: str, **kwargs) -> tuple[nn.Module, nn.Module]:
+    """The published form and the fast one, in float64."""
+    options = dict(norm_eval=mode == 'norm_eval', frozen_stages=2 if mode == 'frozen' else -1)
+    models = [
+        tiny(name, **options, **more).double().train(mode != 'eval')
+        for more in (dict(train_form='branches'), kwargs)
+    ]
+    return models[0], models[1]
+
+
+def assert_same_step(reference: nn.Module, fast: nn.Module, x: torch.Tensor) -> None:
+    """Same outputs, gradients of parameters and image, and running statistics."""
+    images = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+    for a, b in zip(reference(images[0]), fast(images[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+        assert is_channels_last(b) == is_channels_last(x) or b.shape[2:] == (1, 1)
+    expected, actual = (grads(m, i) for m, i in zip((reference, fast), images, strict=True))
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-8, atol=1e-8, msg=key)
+    torch.testing.assert_close(images[1].grad, images[0].grad, rtol=1e-8, atol=1e-8)
+    state = fast.state_dict()
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9, msg=key)
+
+
+@NETWORKS
+@MODES
+@pytest.mark.parametrize('save_memory', [False, True], ids=['keep', 'save'])
+def test_a_step_equals_the_published_one(name, mode, save_memory):
+    reference, fast = pair(name, mode, save_memory=save_memory)
+    assert_same_step(reference, fast, image(fast, dtype=torch.float64))
+
+
+@NETWORKS
+@pytest.mark.parametrize('compute', [False, True], ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('given', [False, True], ids=['from_nchw', 'from_channels_last'])
+def test_any_memory_format_gives_the_same_and_hands_back_its_own(name, compute, given):
+    reference, fast = pair(name, 'train', channels_last=compute)
+    x = image(fast, dtype=torch.float64)
+    if given:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_same_step(reference, fast, x)
+
+
+@pytest.mark.parametrize('name', ['repnext_m', 'recnext_m', 'inception_next'])
+def test_the_default_format_reaches_every_convolution(name):
+    seen = {}
+    for form in ('merged', 'branches'):
+        model = tiny(name, train_form=form)
+        formats = seen[form] = []
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(
+                    lambda _, args, to=formats: to.append(is_channels_last(args[0]))
+                )
+        model(image(model))
+        assert formats
+    assert all(seen['merged'])
+    assert not any(seen['branches'])
+
+
+@NETWORKS
+def test_modes_can_be_switched_back_and_forth(name):
+    reference, fast = pair(name, 'train')
+    x = image(fast, dtype=torch.float64)
+    for mode in ('train', 'eval', 'norm_eval', 'train', 'norm_eval', 'eval'):
+        for model in (reference, fast):
+            model.norm_eval = mode == 'norm_eval'
+            model.train(mode != 'eval')
+        assert_same_step(reference, fast, x)
+
+
+@NETWORKS
+@pytest.mark.parametrize('mode', ['train', 'norm_eval'])
+def test_saving_memory_keeps_fewer_bytes_and_the_same_gradients(name, mode):
+    def saved(model: nn.Module, x: torch.Tensor) -> int:
+        kept = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outs = model(x)
+        del outs
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    plain = tiny(name, norm_eval=mode == 'norm_eval')
+    saving = optimize(copy.deepcopy(plain), save_memory=True)
+    reference = tiny(name, norm_eval=mode == 'norm_eval', train_form='branches')
+    x = image(plain)
+    sizes = [saved(m, x) for m in (reference, plain, saving)]
+    assert sizes[2] < sizes[1] <= sizes[0], sizes
+    with torch.autocast('cpu', torch.bfloat16):
+        expected, actual = grads(plain, x), grads(saving, x)
+    for key in expected:
+        assert torch.equal(actual[key], expected[key]), key
+
+
+def test_saving_memory_leaves_recomputed_blocks_and_other_norms_alone():
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    reference, fast = pair('repnext_m', 'train', save_memory=True, with_cp=True)
+    assert_same_step(reference, fast, x)
+    # Cumulative statistics have no momentum; the norm computes them itself.
+    reference, fast = pair('repnext_m', 'train', save_memory=True)
+    for model in (reference, fast):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+    assert_same_step(reference, fast, x)
+
+
+def test_a_single_value_per_channel_is_refused_in_training_as_by_torch():
+    model = tiny('repnext_m')
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_batch_statistics_have_the_gradient_of_their_definition():
+    norm = nn.BatchNorm2d(3).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def affine(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return separate(norm, x)[1]
+
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    scale, shift = affine(x)
+    torch.testing.assert_close(scale, (var + norm.eps).rsqrt() * norm.weight)
+    torch.testing.assert_close(shift, norm.bias - mean * scale)
+    assert torch.autograd.gradcheck(affine, x)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_gelu_sees_contiguous_memory_in_either_layout(layout, monkeypatch):
+    plain = F.gelu
+    seen = []
+    monkeypatch.setattr(F, 'gelu', lambda x: seen.append(x.is_contiguous()) or plain(x))
+    x = torch.randn(2, 5, 6, 7).contiguous(memory_format=layout).requires_grad_()
+    out = GELU()(x)
+    out.square().sum().backward()
+    assert seen == [True]
+    assert out.stride() == x.stride() == x.grad.stride()
+    twin = x.detach().clone().requires_grad_()
+    plain(twin).square().sum().backward()
+    torch.testing.assert_close(out, plain(x))
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+    st.sampled_from([(5, 5), (7, 7), (3, 7), (7, 11), (1, 5), (9, 3)]),
+)
+def test_weight_gradients_by_columns_are_exact(shape, kernel):
+    x, grad = (
+        torch.randn(shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight = torch.randn(shape[1], 1, *kernel, dtype=torch.float64, requires_grad=True)
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    F.conv2d(x, weight, None, 1, padding, groups=shape[1]).backward(grad)
+    actual = depthwise_conv.split_weight_gradient(x, grad, weight.detach(), padding)
+    torch.testing.assert_close(actual, weight.grad)
+
+
+def test_wide_depthwise_convolutions_split_their_gradient_where_onednn_is_slow(monkeypatch):
+    calls = []
+    split = depthwise_conv.split_weight_gradient
+    monkeypatch.setattr(depthwise_conv, '_lacks_wide_gradient', lambda: True)
+    monkeypatch.setattr(depthwise_conv, 'WORTHWHILE', 1)
+    monkeypatch.setattr(
+        depthwise_conv, 'split_weight_gradient', lambda *a: calls.append(1) or split(*a)
+    )
+    reference, fast = tiny('repnext_m', train_form='branches'), tiny('repnext_m')
+    x = image(fast)
+    expected, actual = grads(reference, x), grads(fast, x)
+    assert len(calls) == 5  # the 7x7 convolution of each block; strided ones are fast
+    for key in expected:
+        error = (actual[key] - expected[key]).norm()
+        assert error < 1e-4 * expected[key].norm() + 1e-2, key
+
+
+def test_optimize_sets_every_backbone_and_refuses_other_models():
+    model = nn.ModuleDict(dict(a=tiny('repnext_m'), b=tiny('recnext_m', with_cp=True)))
+    assert optimize(model, save_memory=True, channels_last=False) is model
+    assert model['a'].stages[0].blocks[0].channel_mixer.save_memory
+    assert not model['b'].stages[0].blocks[0].channel_mixer.save_memory
+    assert model['a'].channels_last is False
+    with pytest.raises(TypeError, match=r'Conv2d holds no backbone of repnext_mm'):
+        optimize(nn.Conv2d(1, 1, 1))
+
+
+def test_optimize_compiles_in_place_and_keeps_the_state_dict():
+    torch._dynamo.reset()
+    model = tiny('repnext_m')
+    keys = [*model.state_dict()]
+    x = image(model)
+    expected = grads(model, x)
+    optimize(model, compile=dict(backend='aot_eager', fullgraph=True))
+    assert [*model.state_dict()] == keys
+    for key, value in grads(model, x).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3, msg=key)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('scope, method', [('mmdet', 'mask_rcnn'), ('mmseg', 'semantic_fpn')])
+def test_detectors_and_segmentors_train_alike_in_every_form(scope, method, tmp_path):
+    from conftest import REPO
+
+    cfg = Config.fromfile(REPO / 'configs' / f'{method}_repnext_m0_shapes.py')
+    batch = sample_batch(scope, sample_data(tmp_path), size=64)
+    losses = {}
+    state = None
+    for form, options in {
+        'published': dict(train_form='branches'),
+        'default': {},
+        'saving': dict(save_memory=True, norm_eval=False),
+    }.items():
+        cfg.model.backbone.update(train_form='merged', save_memory=False)
+        cfg.model.backbone.update(options)
+        model = build(cfg).train()
+        state = state or copy.deepcopy(model.state_dict())
+        model.load_state_dict(state)
+        torch.manual_seed(0)
+        data = model.data_preprocessor(copy.deepcopy(batch), training=True)
+        loss, _ = model.parse_losses(model(**data, mode='loss'))
+        loss.backward()
+        backbone = dict(model.backbone.named_parameters())
+        losses[form] = loss.item(), backbone['stem.stem.0.conv.weight'].grad.norm().item()
+    assert losses['default'] == pytest.approx(losses['published'], rel=1e-3)
+    assert losses['saving'] == pytest.approx(losses['default'], rel=1e-5)
