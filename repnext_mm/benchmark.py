@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from .backbones import PyramidBackbone
-from .layers import ChunkConv, CopyConv, Downsample, MetaNeXtBlock, RecursiveAttention, RepMixer
+from .layers import (
+    GELU,
+    ChunkConv,
+    CopyConv,
+    Downsample,
+    MetaNeXtBlock,
+    RecursiveAttention,
+    RepMixer,
+    configure,
+)
 from .layers.recursive import SharedRecursiveConv
 from .model_table import FAMILIES
 from .reparam import PLANS, reparameterize
@@ -255,11 +264,12 @@ def run(command: str, names: Sequence[str], variants: Sequence[str], settings: S
 
 
 def default_variants(subject: Subject) -> list[Variant]:
-    """Every form but the reference's, in both memory formats; the reference's where it is alone."""
+    """Every form but the reference's; for a layer, which keeps its input's, in both formats."""
     forms = [form for form in subject.forms if form != subject.reference.form]
     if not forms:
         return [Variant(subject.reference.form, channels_last=True)]
-    return [Variant(form, layout) for form in forms for layout in (False, True)]
+    layouts = (False, True) if subject.counts_input else (False,)
+    return [Variant(form, layout) for form in forms for layout in layouts]
 
 
 # --- what can be measured
@@ -291,10 +301,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-#: Forms to train, by the arguments that build them.
+#: Forms to train, by the arguments that build them; 'merged' is the default of the package.
 TRAIN_FORMS: dict[str, dict[str, Any]] = {
     'branches': dict(train_form='branches'),
-    'merged': dict(train_form='merged'),
+    'merged': dict(),
+    'merged_nchw': dict(channels_last=False),
+    'save_memory': dict(save_memory=True),
 }
 
 
@@ -320,25 +332,27 @@ def inference(name: str, settings: Settings) -> Subject:
     return Subject(f'{name}, inference', forms, shape, train=False)
 
 
-def _train_forms(build: Callable[..., nn.Module]) -> dict[str, Callable[[int], nn.Module]]:
-    return {
-        'branches': lambda channels: build(channels, 'branches'),
-        'merged': lambda channels: build(channels, 'merged'),
-    }
+def _train_forms(build: Callable[[int], nn.Module]) -> dict[str, Callable[[int], nn.Module]]:
+    def formed(form: str, channels: int) -> nn.Module:
+        layer = build(channels)
+        configure(layer, train_form=form)
+        return layer
+
+    return {form: partial(formed, form) for form in ('branches', 'merged')}
 
 
 #: Layers from C channels, in every form, the reference first.
 LAYERS: dict[str, dict[str, Callable[[int], nn.Module]]] = {
-    'gelu': {'torch': lambda channels: nn.GELU()},
+    'gelu': _train_forms(lambda channels: GELU()),
     'batch_norm': {'torch': nn.BatchNorm2d},
     'pointwise_conv': {'torch': lambda channels: nn.Conv2d(channels, 2 * channels, 1)},
     'chunk_conv': _train_forms(ChunkConv),
     'copy_conv': _train_forms(CopyConv),
     'rep_mixer': _train_forms(RepMixer),
-    'block': _train_forms(lambda c, form: MetaNeXtBlock(c, ChunkConv(c, form), 2)),
-    'downsample': _train_forms(lambda c, form: Downsample(2 * c, CopyConv(c, form), 2)),
-    'recursive_conv': {'torch': lambda channels: SharedRecursiveConv(channels, level=4)},
-    'recursive_attention': {'torch': RecursiveAttention},
+    'block': _train_forms(lambda c: MetaNeXtBlock(c, ChunkConv(c), 2)),
+    'downsample': _train_forms(lambda c: Downsample(2 * c, CopyConv(c), 2)),
+    'recursive_conv': _train_forms(lambda c: SharedRecursiveConv(c, level=4)),
+    'recursive_attention': _train_forms(RecursiveAttention),
 }
 
 

@@ -30,7 +30,7 @@ def test_keys_and_shapes_are_those_of_timms_weights(arch):
 def test_outputs_equal_timms_features(arch):
     reference = timm.create_model(f'inception_next_{arch}', features_only=True)
     reference = randomise(reference).eval()
-    model = InceptionNeXt(arch).eval()
+    model = InceptionNeXt(arch, train_form='branches').eval()
     # timm's feature extractor flattens the names of the stem and the stages.
     model.load_state_dict(
         {
