@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
 from ..backbones.pyramid import PyramidBackbone
 from ..reparam import Plan, reparameterize
@@ -40,6 +42,7 @@ from .errors import UsageError
 from .exporters import Job, quiet
 from .formats import FORMATS, Format
 from .parity import noise
+from .report import PACKAGES, Report
 from .runtimes import open_artifact
 
 Record = dict[str, Any]
@@ -293,6 +296,8 @@ def measure(
         runners: dict[str, Runner] = {}
         for subject in subjects:
             try:
+                if log:
+                    log.print(f'opening {subject.name}', markup=False, highlight=False)
                 runners[subject.name] = open_in(subject.worker, subject.name, subject.spec)
             except BenchError as error:
                 failed[subject.name] = str(error)
@@ -331,6 +336,14 @@ class Network:
     arch: str | dict[str, Any]
     out_indices: tuple[int, ...]
 
+    @classmethod
+    def of(cls, metadata: Record) -> Network:
+        """The network that an artifact with this metadata was made from."""
+        from .. import backbones
+
+        family = getattr(backbones, metadata['family'])
+        return cls(family, metadata['arch'], tuple(metadata['out_indices']))
+
     def fused(self, plan: Plan) -> PyramidBackbone:
         """With weights as initialised."""
         model = self.family(self.arch, out_indices=self.out_indices).eval()
@@ -348,11 +361,15 @@ class Network:
 
 
 def torch_subjects(
-    network: Network, shape: Sequence[int], plans: Iterable[Plan] = ('exact',)
+    network: Network,
+    shape: Sequence[int],
+    plans: Iterable[Plan] = ('exact',),
+    modes: Iterable[str] = tuple(TORCH_MODES),
 ) -> list[Subject]:
-    """PyTorch eager in both memory formats and compiled, `branches` first in each."""
+    """PyTorch in its modes, `branches` first in each."""
     subjects = []
-    for mode, options in TORCH_MODES.items():
+    for mode in modes:
+        options = TORCH_MODES[mode]
         for plan in dict.fromkeys([BRANCHES, *plans]):
             subjects.append(
                 Subject(
@@ -374,7 +391,7 @@ def artifact_subject(
 ) -> Subject:
     """The row of one artifact, compared with that of plan `branches`."""
     computed = precision or dtype
-    base = precision or ('fp32' if dtype == 'int8' else dtype)
+    base = precision or float_dtype(dtype)
     spec: Record = {'shape': list(shape), 'path': str(row.file(path).resolve())}
     if precision:
         spec['precision'] = precision
@@ -398,38 +415,34 @@ def bench_artifacts(
     *,
     threads: int | None = None,
     schedule: Schedule = SCHEDULE,
-    torch_rows: bool = True,
+    compiled: bool = True,
     reduced: Sequence[str] = ('bf16',),
     log: Console | None = None,
 ) -> Measured:
     """Time artifacts of a report, all of one size, and what they are compared with.
 
     Args:
-        artifacts: Their records in report.json.
+        artifacts: Their records in report.json, all of one size and batch.
         folder: Where they are.
         network: What they were made from; `branches` artifacts are made from it for the time of
             the measurement where there are none.
         threads: Threads and cores; all that this process may use when None.
         schedule: How long.
-        torch_rows: Whether to add PyTorch compiled and in channels_last.
+        compiled: Whether to add PyTorch compiled, which takes a minute or more to compile.
         reduced: OpenVINO's other precisions, where the CPU computes in them.
         log: For progress.
     """
-    sizes = {(tuple(a['size']), a['metadata']['batch']) for a in artifacts}
-    if len(sizes) != 1:
-        raise BenchError('artifacts of one size can be compared; give one --size.')
-    [(size, batch)] = sizes
-    shape = (batch, 3, *size)
+    shape = (artifacts[0]['metadata']['batch'], 3, *artifacts[0]['size'])
     plans = list(dict.fromkeys(a['metadata']['plan'] for a in artifacts))
-    rows = torch_subjects(network, shape, plans)
-    if not torch_rows:
-        rows = [row for row in rows if row.name == BASELINE]
+    modes = [mode for mode, options in TORCH_MODES.items() if compiled or not options['compile']]
+    rows = torch_subjects(network, shape, plans, modes)
     with tempfile.TemporaryDirectory() as scratch:
         for record in artifacts:
             row = FORMATS[record['format']]
             if row.runtime is None or record['status'] != 'ok' or row.runtime == 'torch':
                 continue
-            rows += _artifact_rows(row, record, folder, network, shape, reduced, Path(scratch))
+            base = _branches_of(record, artifacts, folder, network, shape, Path(scratch))
+            rows += _artifact_rows(row, record, folder, base, shape, reduced)
         unique = {row.name: row for row in rows}
         return measure(
             list(unique.values()),
@@ -440,27 +453,48 @@ def bench_artifacts(
         )
 
 
+def _branches_of(
+    record: Record,
+    artifacts: Sequence[Record],
+    folder: Path,
+    network: Network,
+    shape: Sequence[int],
+    scratch: Path,
+) -> Path:
+    """The `branches` artifact to compare with, in float where `record` is int8; made if need be."""
+    row, dtype = FORMATS[record['format']], float_dtype(record['dtype'])
+    for other in artifacts:
+        same = (other['format'], other['dtype']) == (row.name, dtype)
+        if same and other['metadata']['plan'] == BRANCHES:
+            return folder / other['path']
+    path = scratch / f'{BRANCHES}_{dtype}{row.suffix}'
+    if not path.exists():
+        export(row, network.fused(BRANCHES), shape, path, dtype, opset=record.get('opset'))
+    return path
+
+
 def _artifact_rows(
     row: Format,
     record: Record,
     folder: Path,
-    network: Network,
+    base: Path,
     shape: Sequence[int],
     reduced: Sequence[str],
-    scratch: Path,
 ) -> Iterator[Subject]:
-    """An artifact, the `branches` artifact it is compared with, both in every precision."""
+    """An artifact and the `branches` artifact it is compared with, both in every precision."""
     plan, dtype = record['metadata']['plan'], record['dtype']
-    base = 'fp32' if dtype == 'int8' else dtype
-    path = scratch / f'{BRANCHES}_{base}{row.suffix}'
-    if not path.exists():
-        export(row, network.fused(BRANCHES), shape, path, base)
     precisions: list[str | None] = [None]
     if row.name == 'openvino' and dtype == 'fp32':
         precisions += [name for name in reduced if openvino_takes(name)]
     for precision in precisions:
-        yield artifact_subject(row, path, shape, BRANCHES, base, precision)
-        yield artifact_subject(row, folder / record['path'], shape, plan, dtype, precision)
+        yield artifact_subject(row, base, shape, BRANCHES, float_dtype(dtype), precision)
+        subject = artifact_subject(row, folder / record['path'], shape, plan, dtype, precision)
+        yield replace(subject, facts={**subject.facts, 'path': record['path']})
+
+
+def float_dtype(dtype: str) -> str:
+    """What an artifact is compared with: int8 with float32, all others with their own."""
+    return 'fp32' if dtype == 'int8' else dtype
 
 
 def openvino_takes(precision: str) -> bool:
@@ -470,14 +504,163 @@ def openvino_takes(precision: str) -> bool:
 
 
 def export(
-    row: Format, model: PyramidBackbone, shape: Sequence[int], path: Path, dtype: str = 'fp32'
+    row: Format,
+    model: PyramidBackbone,
+    shape: Sequence[int],
+    path: Path,
+    dtype: str = 'fp32',
+    opset: int | None = None,
 ) -> None:
     """Write an artifact to be timed and thrown away."""
     batch, _, height, width = shape
     names = tuple(f'stage{i}' for i in model.out_indices)
-    job = Job(model, (height, width), names, {'dtype': dtype}, batch=batch, dtype=dtype)
+    metadata = {'dtype': dtype, 'size': [height, width], 'batch': batch}
+    job = Job(model, (height, width), names, metadata, batch=batch, dtype=dtype)
+    if opset is not None:
+        job = replace(job, opset=opset)
     with quiet():
         row.export(job, path)
+
+
+def bench_report(
+    report: Report,
+    *,
+    threads: int | None = None,
+    compiled: bool = True,
+    schedule: Schedule = SCHEDULE,
+    log: Console | None = None,
+) -> list[Measured]:
+    """Time the artifacts of a report, put the figures into it, and draw them beside it.
+
+    One measurement per size and batch; artifacts that failed or cannot run here are left out.
+
+    Raises:
+        BenchError: None can be timed.
+    """
+    groups: dict[tuple[int, ...], list[Record]] = {}
+    for record in report.data['artifacts']:
+        if FORMATS[record['format']].runtime is not None and record['status'] == 'ok':
+            key = (record['metadata']['batch'], *record['size'])
+            groups.setdefault(key, []).append(record)
+    if not groups:
+        raise BenchError(f'{report.folder} holds no artifact that can be run here.')
+    results = []
+    report.data['latency'], report.data['bench'] = [], []
+    for key, artifacts in groups.items():
+        network = Network.of(artifacts[0]['metadata'])
+        measured = bench_artifacts(
+            artifacts,
+            report.folder,
+            network,
+            threads=threads,
+            compiled=compiled,
+            schedule=schedule,
+            log=log,
+        )
+        batch, height, width = key
+        title = f'{report.data["model"]["name"]}, {batch}x3x{height}x{width}'
+        picture = f'latency_{height}x{width}_b{batch}.png'
+        draw(measured, title, report.folder / picture)
+        shape = {'batch': batch, 'size': [height, width]}
+        report.data['latency'] += [{**row, **shape} for row in measured.rows()]
+        report.data['bench'].append(
+            {
+                **shape,
+                'picture': picture,
+                'threads': measured.threads,
+                'load': measured.load,
+                'failed': measured.failed,
+                'env': environment.describe(PACKAGES),
+            }
+        )
+        results.append(measured)
+    report.save()
+    return results
+
+
+def latency_table(measured: Measured) -> Table:
+    """For people: one line per row, the fastest first."""
+    table = Table(box=SIMPLE)
+    for header in (
+        '',
+        'precision',
+        'ms',
+        'p90',
+        'time / branches',
+        'time / baseline',
+        '',
+        'load s',
+    ):
+        table.add_column(header, justify='left' if header in ('', 'precision') else 'right')
+    for row in sorted(measured.rows(), key=lambda r: r['vs_baseline']):
+        notes = [row['verdict']] + [f'{row["noise"]}'] * (row['noise'] != 'ok')
+        table.add_row(
+            row['name'],
+            row['precision'],
+            f'{row["p50"]:.1f}',
+            '-' if row['p90'] is None else f'{row["p90"]:.1f}',
+            _with_interval(row['ratio'], row['ci95']),
+            _with_interval(row['vs_baseline'], row['vs_baseline_ci95']),
+            ', '.join(notes),
+            f'{row["load_s"]:.1f}',
+        )
+    return table
+
+
+def _with_interval(ratio: float, interval: Sequence[float]) -> str:
+    return f'{ratio:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]'
+
+
+def show(measured: Measured, console: Console) -> None:
+    """Print the table and what a reader must know of it."""
+    console.print(latency_table(measured))
+    console.print(
+        f'Time / branches is against plan branches in the same runtime and precision (int8: in '
+        f'float32), time / baseline against {measured.baseline}; p90 needs 64 runs.',
+        highlight=False,
+    )
+    for name, reason in measured.failed.items():
+        console.print(f'Not timed: {name}: {reason}', highlight=False, markup=False)
+    if not measured.load['headline']:
+        console.print(f'Not for headlines: {measured.load["reason"]}.', highlight=False)
+
+
+def draw(measured: Measured, title: str, path: Path) -> None:
+    """Bars of the time in units of the baseline's, with intervals of 95 %."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(measured.rows(), key=lambda r: -r['vs_baseline'])
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    runtimes = list(dict.fromkeys(row['runtime'] for row in measured.rows()))
+    for i, row in enumerate(rows):
+        low, high = row['vs_baseline_ci95']
+        value = row['vs_baseline']
+        colour = f'C{runtimes.index(row["runtime"])}'
+        plan = row['plan']
+        axes.barh(i, value, color=colour, alpha=0.45 if plan == BRANCHES else 0.9)
+        axes.errorbar(
+            value, i, xerr=[[value - low], [high - value]], color='black', capsize=3, linewidth=1
+        )
+        axes.annotate(
+            f'{row["p50"]:.1f} ms',
+            (max(value, high), i),
+            xytext=(6, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(rows)), [row['name'] for row in rows])
+    limit = measured.floors[measured.baseline].limit
+    axes.axvspan(1 / limit, limit, color='grey', alpha=0.2, linewidth=0)
+    axes.axvline(1, color='grey', linewidth=1)
+    axes.set_xlim(0, 1.15 * max(row['vs_baseline_ci95'][1] for row in rows))
+    axes.set_xlabel(f'time / {measured.baseline} (grey: noise of that), {measured.threads} threads')
+    axes.set_title(f'{title}: lower is faster', loc='left')
+    axes.spines[['top', 'right']].set_visible(False)
+    part = path.with_name(f'.partial-{os.getpid()}-{path.name}')
+    figure.savefig(part, dpi=150, format='png')
+    os.replace(part, path)
 
 
 # --- choosing a plan

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +15,11 @@ from rich.console import Console
 
 from ..engine.errors import run_tool
 from ..reparam import PLANS
+from . import bench
 from .calibration import ENOUGH_IMAGES
 from .check import check_folder
 from .errors import UsageError
+from .explain import explain
 from .exporters import IOS_TARGETS, OPSETS
 from .folders import shown
 from .formats import DYNAMIC, FORMATS, choose_formats
@@ -33,7 +36,13 @@ WIDTH = 200
 def deploy_main(argv: Sequence[str] | None = None) -> int:
     """Command line of tools/deploy.py; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    verbs = {'export': _export, 'check': _check, 'formats': _formats}
+    verbs = {
+        'export': _export,
+        'bench': _bench,
+        'explain': _explain,
+        'check': _check,
+        'formats': _formats,
+    }
     parser, names = _parser(verbs)
     if arguments and arguments[0] not in (*names, '-h', '--help'):
         arguments.insert(0, 'export')
@@ -104,7 +113,26 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     add('--force', action='store_true', help='replace artifacts that are there')
     add('--strict', action='store_true', help='stop at a warning about a package')
     add('--seed', type=int, default=0, help='of random weights and of the images to compare on')
+    add('--bench', action='store_true', help='time what was exported, as the verb bench does')
+    _add_bench(export)
     _add_output(export)
+
+    bench_ = subparsers.add_parser(
+        'bench',
+        help='time the artifacts of a folder in their runtimes, against plan branches',
+        formatter_class=defaults,
+    )
+    bench_.add_argument('folder', type=Path, help='an output folder, or the report.json in it')
+    _add_bench(bench_)
+    _add_output(bench_)
+
+    explain_ = subparsers.add_parser(
+        'explain', help="time by operator, from the runtime's profile", formatter_class=defaults
+    )
+    explain_.add_argument('artifacts', type=Path, nargs='+', help='files that an export wrote')
+    explain_.add_argument('--threads', type=_positive, help="to compute on (None: the runtime's)")
+    explain_.add_argument('--precision', choices=('f32', 'bf16', 'f16'), help='of OpenVINO')
+    _add_output(explain_)
 
     check = subparsers.add_parser(
         'check', help='compare the artifacts of a folder again', formatter_class=defaults
@@ -115,6 +143,17 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     formats = subparsers.add_parser('formats', help='list the formats')
     formats.add_argument('--json', action='store_true', help='as JSON')
     return parser, list(verbs)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--threads', type=_positive, help='to time on (None: every core)')
+    parser.add_argument(
+        '--no-compile', action='store_true', help='time PyTorch eager alone, not compiled'
+    )
+    parser.add_argument('--rounds', type=_positive, default=30, help='of timing, at most')
+    parser.add_argument(
+        '--budget-s', type=float, help='bound for the timing in seconds (None: all rounds)'
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +226,8 @@ def _export(args: argparse.Namespace) -> None:
     folder = args.work_dir or Path('work_dirs', 'deploy', source.name)
     export = Export(source, options, folder, log)
     report = export.run()
+    if args.bench:
+        _time(args, report, log)
     _finish(args, report, log)
     export.raise_failures()
     if not args.json and not args.quiet:
@@ -219,6 +260,32 @@ def _export_model(args: argparse.Namespace) -> None:
             f'Wrote {shown(weights)} and {shown(config)}; '
             f'next: python tools/test.py {shown(config)} {shown(weights)}'
         )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    log = _log(args)
+    report = Report.load(args.folder)
+    _time(args, report, log)
+    _finish(args, report, log)
+
+
+def _time(args: argparse.Namespace, report: Report, log: Console) -> None:
+    schedule = replace(bench.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
+    for measured in bench.bench_report(
+        report, threads=args.threads, compiled=not args.no_compile, schedule=schedule, log=log
+    ):
+        bench.show(measured, log)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    log = _log(args)
+    records = []
+    for path in args.artifacts:
+        explanation = explain(path, threads=args.threads, precision=args.precision)
+        explanation.show(log)
+        records.append(explanation.as_record())
+    if args.json:
+        print(json.dumps(records, indent=1))
 
 
 def _check(args: argparse.Namespace) -> None:
