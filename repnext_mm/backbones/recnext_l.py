@@ -38,7 +38,7 @@ class PartialAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        attended, passed = x.tensor_split((self.width,), dim=1)
+        attended, passed = x.split((self.width, (SPLIT - 1) * self.width), dim=1)
         return torch.cat((self.attn(attended), passed), dim=1)
 
     def share(self, x: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

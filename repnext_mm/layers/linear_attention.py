@@ -68,7 +68,7 @@ class LinearAttention(nn.Module):
         """Attend over `x` `(N, C, H, W)` with the stacked raw queries and keys `qk`."""
         q, k = (F.elu(qk) + 1).flatten(2).unflatten(1, (2, self.heads, -1)).unbind(1)
         v = x.flatten(2).unflatten(1, (self.heads, -1))
-        return linear_attention(q, k, v, self.order).flatten(1, 2).view_as(x)
+        return linear_attention(q, k, v, self.order).flatten(1, 2).unflatten(-1, x.shape[2:])
 
     def extra_repr(self) -> str:
         return f'heads={self.heads}'
