@@ -24,6 +24,7 @@ from repnext_mm.deploy.pipeline import Export, Options
 from repnext_mm.deploy.report import Report
 from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import Source
+from repnext_mm.layers.linear_attention import LinearAttention
 
 FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
 RUN_HERE = [name for name, row in FORMATS.items() if row.runtime]
@@ -79,7 +80,7 @@ def test_every_format(family: str, tmp_path: Path) -> None:
         if name not in RUN_HERE:
             continue
         with opened(report, name) as artifact:
-            assert artifact.metadata['arch'] == TINY[family][1], name
+            assert artifact.metadata['arch'] == json.loads(json.dumps(model.arch)), name
             assert artifact.metadata['plan'] == 'exact'
             assert artifact.metadata['out_channels'] == list(model.model.out_channels)
             assert artifact.output_names == ('stage0', 'stage1', 'stage2', 'stage3'), name
@@ -117,6 +118,11 @@ def assert_coreml(path: Path, dtype: str, model: Source) -> None:
     wanted = {'fp16': MIL_pb2.DataType.FLOAT16, 'fp32': MIL_pb2.DataType.FLOAT32}[dtype]
     assert convolutions
     assert {op.outputs[0].type.tensorType.dataType for op in convolutions} == {wanted}
+    attention = [op for op in block.operations if op.type in ('matmul', 'elu', 'reduce_mean')]
+    assert all(
+        op.outputs[0].type.tensorType.dataType == MIL_pb2.DataType.FLOAT32 for op in attention
+    )
+    assert bool(attention) == any(isinstance(m, LinearAttention) for m in model.model.modules())
     metadata = json.loads(description.metadata.userDefined['repnext_mm'])
     assert metadata['golden'] == 'golden_64x64_b1.npz'
     assert (path.parent / metadata['golden']).exists()

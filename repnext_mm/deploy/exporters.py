@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.torch_version import TorchVersion
 
+from ..layers.linear_attention import LinearAttention
 from .errors import DependencyError
 from .runtimes import METADATA_KEY
 
@@ -267,13 +268,14 @@ def export_coreml(job: Job, path: Path) -> None:
     """A Core ML program (`.mlpackage`) with float32 inputs and outputs."""
     import coremltools
 
-    precision = coremltools.precision
+    # Keeps linear attention in float32, as PyTorch does: in half precision its sums lose too much.
+    half = coremltools.transform.FP16ComputePrecision(op_selector=_takes_float16)
     model = coremltools.convert(
         trace(job, 'fp32'),
         inputs=[coremltools.TensorType(INPUT, shape=job.shape, dtype=np.float32)],
         outputs=[coremltools.TensorType(name=name, dtype=np.float32) for name in job.output_names],
         convert_to='mlprogram',
-        compute_precision=precision.FLOAT16 if job.dtype == 'fp16' else precision.FLOAT32,
+        compute_precision=half if job.dtype == 'fp16' else coremltools.precision.FLOAT32,
         minimum_deployment_target=coremltools.target[f'iOS{job.ios_target}'],
         skip_model_load=True,
     )
@@ -281,6 +283,13 @@ def export_coreml(job: Job, path: Path) -> None:
     model.version = job.metadata['version']
     model.user_defined_metadata[METADATA_KEY] = job.metadata_text
     model.save(str(path))
+
+
+def _takes_float16(op: Any) -> bool:
+    from coremltools.converters.mil.mil.scope import ScopeSource
+
+    inside = op.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_TYPE, [])
+    return LinearAttention.__name__ not in inside or nn.Conv2d.__name__ in inside
 
 
 @contextmanager

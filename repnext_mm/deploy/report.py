@@ -21,6 +21,15 @@ SCHEMA_VERSION = 1
 JSON_NAME, MARKDOWN_NAME = 'report.json', 'report.md'
 COLUMNS = ('format', 'dtype', 'status', 'MB', 'max rel err', 'SQNR dB', 'p50 ms (p90)',
            'vs branches', 'file')  # fmt: skip
+LATENCY_COLUMNS = (
+    'what',
+    'computes in',
+    'p50 ms (p90)',
+    'vs branches [95 %]',
+    'vs PyTorch eager, branches',
+    'verdict',
+    'noise',
+)
 #: Packages whose versions decide what is written and how fast it is.
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'coremltools')
 
@@ -47,6 +56,7 @@ class Report:
                 'artifacts': [],
                 'parity': [],
                 'latency': [],
+                'bench': [],
                 'env': environment.describe(PACKAGES),
                 'warnings': [],
                 'skipped': [],
@@ -85,10 +95,12 @@ class Report:
             if record['path'] in own or not path.exists():
                 continue
             self.data['artifacts'].append(record)
-            for part in ('parity', 'latency'):
-                self.data[part] += [
-                    row for row in earlier.data[part] if row['path'] == record['path']
-                ]
+            self.data['parity'] += [
+                row for row in earlier.data['parity'] if row['path'] == record['path']
+            ]
+        # Times were taken together; those of files that are replaced now are not theirs any more.
+        self.data['latency'] = [row for row in earlier.data['latency'] if row['path'] not in own]
+        self.data['bench'] = earlier.data['bench']
 
     def save(self) -> None:
         """Write report.json and report.md, each whole or not at all."""
@@ -108,6 +120,7 @@ class Report:
         latency = [row for row in self.data['latency'] if row['path'] == record['path']]
         worst = max((row['max_rel'] for row in parity), key=_number, default=None)
         sqnr = min((row['sqnr_db'] for row in parity), key=_number, default=None)
+        timings = [f'{row["precision"]} {_timing(row)}' for row in latency]
         return (
             record['format'],
             record['dtype'],
@@ -115,7 +128,7 @@ class Report:
             f'{record["bytes"] / 1e6:.1f}',
             '-' if worst is None else f'{_number(worst):.1e}',
             '-' if sqnr is None else f'{_number(sqnr):.0f}',
-            ', '.join(map(_timing, latency)) or '-',
+            ', '.join(timings) or '-',
             ', '.join(map(_ratio, latency)) or '-',
             record['path'],
         )
@@ -141,6 +154,7 @@ class Report:
             *markdown_table(COLUMNS, self.rows()),
             '',
         ]
+        lines += self._latency()
         for title, items in (
             ('Warnings', data['warnings']),
             ('Skipped', [f'{s["format"]}: {s["reason"]} ({s["fix"]})' for s in data['skipped']]),
@@ -149,6 +163,36 @@ class Report:
                 lines += [f'## {title}', '', *(f'- {item}' for item in items), '']
         lines += ['## Machine', '', environment.summary(data['env']), '']
         return '\n'.join(lines)
+
+    def _latency(self) -> list[str]:
+        """Lines on every measurement: picture, table, and how it was taken."""
+        lines = []
+        for bench in self.data['bench']:
+            height, width = bench['size']
+            rows = [
+                (
+                    row['name'],
+                    row['precision'],
+                    _timing(row),
+                    _ratio(row),
+                    f'{row["vs_baseline"]:.2f}',
+                    row['verdict'],
+                    row['noise'],
+                )
+                for row in self.data['latency']
+                if (row['batch'], row['size']) == (bench['batch'], bench['size'])
+            ]
+            lines += [
+                f'## Latency, {bench["batch"]}x3x{height}x{width}',
+                '',
+                f'![Latency]({bench["picture"]})',
+                '',
+                *markdown_table(LATENCY_COLUMNS, rows),
+                '',
+                f'{bench["threads"]} threads; {environment.summary(bench["env"])}',
+                '',
+            ]
+        return lines
 
     def show(self, console: Console) -> None:
         """Print the table."""
@@ -201,7 +245,7 @@ def size_of(path: Path) -> int:
 def _timing(row: Record) -> str:
     p50 = '-' if row.get('p50') is None else f'{row["p50"]:.2f}'
     p90 = '' if row.get('p90') is None else f' ({row["p90"]:.2f})'
-    return f'{row["runtime"]} {row["precision"]} {p50}{p90}'
+    return f'{p50}{p90}'
 
 
 def _ratio(row: Record) -> str:
