@@ -23,14 +23,13 @@ def optimize(
 
     Weights, outputs and gradients stay the same up to rounding. Merged kernels, folded norms and
     the memory format need no call: they are on by default where they are faster. In a config,
-    `backbone=dict(save_memory=True)` and MMEngine's `compile=dict(target='extract_feat')` do
-    the same.
+    `backbone=dict(save_memory=True)` and the hook `CompileBackbone` do the same.
 
     Args:
         model: A backbone, or a detector or segmentor holding one.
         save_memory: Recompute cheap results in backward instead of keeping them; None leaves
             it as it is. Blocks that `with_cp` recomputes as a whole are left alone.
-        channels_last: Memory format to compute in; None chooses where it is known to be faster.
+        channels_last: Memory format to compute in; None leaves it as it is.
         compile: Compile each backbone in place with `torch.compile`, with these options if it is
             a dict. State dict keys stay the same.
 
@@ -45,7 +44,8 @@ def optimize(
     for backbone in backbones:
         if save_memory is not None:
             configure(backbone, save_memory=save_memory and not backbone.with_cp)
-        backbone.channels_last = channels_last
+        if channels_last is not None:
+            backbone.channels_last = channels_last
         if compile:
             backbone.compile(**(compile if isinstance(compile, dict) else {}))
     return model

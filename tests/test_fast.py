@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tool_runs
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -212,6 +213,8 @@ def test_optimize_sets_every_backbone_and_refuses_other_models():
     assert model['a'].stages[0].blocks[0].channel_mixer.save_memory
     assert not model['b'].stages[0].blocks[0].channel_mixer.save_memory
     assert model['a'].channels_last is False
+    assert optimize(model, save_memory=False)['a'].channels_last is False
+    assert not model['a'].stages[0].blocks[0].channel_mixer.save_memory
     with pytest.raises(TypeError, match=r'Conv2d holds no backbone of repnext_mm'):
         optimize(nn.Conv2d(1, 1, 1))
 
@@ -226,6 +229,26 @@ def test_optimize_compiles_in_place_and_keeps_the_state_dict():
     assert [*model.state_dict()] == keys
     for key, value in grads(model, x).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+def test_a_config_saves_memory_and_compiles_the_backbone_of_a_run(tmp_path):
+    data = tool_runs.tiny_shapes(tmp_path / 'data', train=4)
+    config = tmp_path / 'compiled.py'
+    config.write_text(
+        f'_base_ = {str(tool_runs.CONFIGS["seg"])!r}\n'
+        'model = dict(backbone=dict(save_memory=True))\n'
+        "custom_hooks = [dict(type='CompileBackbone', backend='no_such_backend')]\n"
+    )
+    options = tool_runs.options('seg', data, 'train_cfg.max_iters=2')
+    failed = tool_runs.run('train.py', config, *options, cwd=tmp_path)
+    assert failed.returncode and 'no_such_backend' in failed.stdout + failed.stderr
+    config.write_text(config.read_text().replace('no_such_backend', 'eager'))
+    tool_runs.succeed('train.py', config, *options, cwd=tmp_path)
+    [saved] = (tmp_path / 'work_dirs').rglob('iter_2.pth')
+    keys = torch.load(saved, map_location='cpu')['state_dict']
+    assert 'backbone.stem.stem.0.conv.weight' in keys
 
 
 @pytest.mark.compat
