@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..engine.errors import PACKAGE
 from .calibration import ENOUGH_IMAGES, check_count, check_pictures
 from .errors import ParityError, UsageError
 from .quantizers import CALIBRATORS, Quantizer, quantizer_for
@@ -125,11 +126,13 @@ class TaskMetric:
             arguments = [self.config, self.checkpoint, '--backbone', str(artifact)]
             arguments += ['--work-dir', folder, *self.options]
             code = 'import sys; from repnext_mm.engine.cli import evaluate_main as main; '
+            paths = [str(PACKAGE.parent), os.environ.get('PYTHONPATH', '')]
             # A process of its own: its worker threads end with it.
             done = subprocess.run(
                 [sys.executable, '-c', f'{code}sys.exit(main(sys.argv[1:]))', *arguments],
                 capture_output=True,
                 text=True,
+                env={**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in paths if path)},
             )
             files = sorted(Path(folder).glob('*/*.json'))
             if done.returncode or not files:
@@ -227,6 +230,8 @@ def quantize(
                 f'keep_float names {", ".join(unknown)}, not among the layers that int8 is for: '
                 f'{", ".join(quantizer.layers)}.'
             )
+        if not set(quantizer.layers) - set(keep_float):
+            raise UsageError(f'{source} has no layer left that could be put into int8.')
         say(f'Calibrating {len(quantizer.layers)} layers on {report.images} images')
         rest = images[HELD_OUT:]
         if equalize:
@@ -298,20 +303,26 @@ class _Search:
         alone = self._each_alone([name for name in self.quantizer.layers if name not in kept])
         order = sorted(alone, key=lambda name: -alone[name].max())
         self.report.damage_db = {name: float(_decibel(alone[name].max())) for name in order}
-        most = int(MOST_FLOAT * len(self.quantizer.layers))
-        count = self._predicted(order, alone)
-        while len(given) + count <= most:
-            kept = given + order[:count]
-            self.say(f'Keeping {len(kept)} layers in float: {", ".join(kept)}')
-            if self._passes(kept):
-                return
-            count += max(1, count // 2)
-        raise ParityError(
-            f'int8 does not pass its gate with {most} of {len(self.quantizer.layers)} layers in '
-            f'float ({self.report}); the worst alone is {order[0]} '
-            f'({self.report.damage_db[order[0]]:.1f} dB). Calibrate on images like those it will '
-            f'see, take another calibrator, or stay with a float dtype.'
-        )
+        most = max(1, int(MOST_FLOAT * len(self.quantizer.layers)) - len(given))
+        fails, passes = 0, min(self._predicted(order, alone), most)
+        while not self._passes(given + order[:passes]):
+            if passes == most:
+                raise ParityError(
+                    f'int8 does not pass its gate with {most} of {len(self.quantizer.layers)} '
+                    f'layers in float ({self.report}); the worst alone is {order[0]} '
+                    f'({self.report.damage_db[order[0]]:.1f} dB). Calibrate on images like those '
+                    'it will see, take another calibrator, or stay with a float dtype.'
+                )
+            fails, passes = passes, most
+        if fails:  # the prediction was too low: the fewest lie between
+            while passes - fails > 1:
+                middle = (fails + passes) // 2
+                if self._passes(given + order[:middle]):
+                    passes = middle
+                else:
+                    fails = middle
+            if self.report.kept_float != given + order[:passes]:
+                self._passes(given + order[:passes])  # as it did: this writes it again
 
     def _passes(self, kept: list[str]) -> bool:
         layers = [name for name in self.quantizer.layers if name not in kept]

@@ -1,0 +1,354 @@
+"""int8: calibration on real images, the gates, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import tool_runs
+import torch
+from mm_models import build
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import MODELS, DefaultScope
+from networks import tiny
+from PIL import Image
+
+from repnext_mm import reparameterize
+from repnext_mm.backbones import PyramidBackbone
+from repnext_mm.deploy import calibration
+from repnext_mm.deploy.calibration import calibration_images
+from repnext_mm.deploy.errors import ParityError, UsageError
+from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino, quiet
+from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
+from repnext_mm.deploy.quantizers import quantizer_for
+from repnext_mm.deploy.runtimes import open_artifact
+
+SIZE = (64, 64)
+#: Multiplied onto one channel, and divided out again by the layer after it.
+OUTLIER = 1e4
+BROKEN = 'stages.2.blocks.0.channel_mixer.0'
+FORMATS = {'onnx': (export_onnx, 'net.onnx'), 'openvino': (export_openvino, 'net_openvino')}
+runtimes = pytest.mark.parametrize('runtime', FORMATS)
+
+
+def fused() -> PyramidBackbone:
+    return reparameterize(tiny('repnext_m').eval(), 'exact')
+
+
+def with_outlier() -> PyramidBackbone:
+    """The same function, with one channel far out of the others' range between two layers."""
+    model = fused()
+    mixer, channels = model.get_submodule('stages.2.blocks.0.token_mixer'), model.channels[2]
+    with torch.no_grad():
+        mixer.conv_s.weight[0] *= OUTLIER
+        mixer.conv_s.bias[0] *= OUTLIER
+        model.get_submodule(BROKEN).weight[:, channels // 4] /= OUTLIER
+    return model
+
+
+def export(model: PyramidBackbone, runtime: str, folder: Path) -> Path:
+    write, name = FORMATS[runtime]
+    metadata = {'family': 'RepNeXt', 'dtype': 'fp32', 'out_indices': [0, 1, 2, 3]}
+    with quiet():
+        write(Job(model, SIZE, tuple(f'stage{i}' for i in range(4)), metadata), folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope='module')
+def photos(data_root: Path) -> Sequence[np.ndarray]:
+    return calibration_images(data_root / 'coco', SIZE, limit=calibration.MIN_IMAGES)[:]
+
+
+@pytest.fixture(scope='module')
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(runtime: str) -> Path:
+        if runtime not in made:
+            made[runtime] = export(fused(), runtime, tmp_path_factory.mktemp(runtime))
+        return made[runtime]
+
+    return get
+
+
+def int8_weights(path: Path) -> int:
+    """Number of convolutions' weights that the file holds in int8."""
+    if path.suffix == '.onnx':
+        return sum(
+            i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4
+            for i in onnx.load(path).graph.initializer
+        )
+    operations = openvino.Core().read_model(path / 'model.xml').get_ops()
+    return sum(
+        op.get_type_name() == 'Constant'
+        and op.get_element_type() == openvino.Type.i8
+        and len(op.shape) >= 4
+        and np.prod(op.shape) > 1
+        for op in operations
+    )
+
+
+def sqnr(actual: Path, expected: Path, images: Sequence[np.ndarray]) -> list[float]:
+    with open_artifact(actual) as a, open_artifact(expected) as e:
+        pairs = [list(zip(a.run(image), e.run(image))) for image in images]
+    levels = []
+    for stage in zip(*pairs):
+        noise = sum(((x - y) ** 2).sum() for x, y in stage)
+        levels.append(float(10 * np.log10(sum((y**2).sum() for _, y in stage) / noise)))
+    return levels
+
+
+# --- what is written
+
+
+@runtimes
+def test_all_layers_in_int8(
+    runtime: str, artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path
+) -> None:
+    source, out = artifact(runtime), tmp_path / f'int8{artifact(runtime).suffix}'
+    lines: list[str] = []
+    report = quantize(source, out, photos, say=lines.append)
+    assert report.kept_float == []
+    assert len(report.quantized) == int8_weights(out) > 10
+    measured = sqnr(out, source, photos[:HELD_OUT])
+    assert [*report.stages_db.values()] == pytest.approx(measured, abs=0.01)
+    assert [*report.stages_db] == ['stage0', 'stage1', 'stage2', 'stage3']
+    assert 20 <= min(measured) < max(measured) < 60  # int8, not float
+    assert any('8 images; 128' in line for line in lines if line.startswith('warning'))
+    with open_artifact(out) as opened:
+        assert opened.metadata['dtype'] == opened.precision == 'int8'
+        assert opened.metadata['family'] == 'RepNeXt'
+        assert opened.metadata['quantization']['stages_db'] == report.stages_db
+    assert [*tmp_path.iterdir()] == [out]
+    json.dumps(report.as_record())
+
+
+@runtimes
+def test_one_broken_layer_stays_in_float(
+    runtime: str, photos: Sequence[np.ndarray], tmp_path: Path
+) -> None:
+    source = export(with_outlier(), runtime, tmp_path)
+    out = tmp_path / f'int8{source.suffix}'
+    report = quantize(source, out, photos, equalize=False)
+    assert report.equalized == 0
+    assert len(report.kept_float) == 1
+    assert next(iter(report.damage_db)) == report.kept_float[0]
+    # The name tells the module in ONNX; OpenVINO numbers the convolutions.
+    assert report.kept_float == ([BROKEN] if runtime == 'onnx' else [numbered(BROKEN)])
+    assert min(sqnr(out, source, photos[:HELD_OUT])) >= report.gate_db
+    assert int8_weights(out) == len(report.quantized)
+    assert report.kept_float[0] in str(report)
+
+    mended = quantize(source, tmp_path / f'equal{source.suffix}', photos)
+    assert mended.kept_float == []
+    assert mended.equalized > 4
+    assert min(mended.stages_db.values()) > 25
+
+
+@runtimes
+def test_equal_ranges_change_nothing_in_float(
+    runtime: str, artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path
+) -> None:
+    quantizer = quantizer_for(artifact(runtime), tmp_path, 'minmax', True)
+    movable = [name for name in quantizer.convolutions() if len(quantizer.parts(name)) == 4]
+    last = [movable[-1]]
+    before = quantizer.inputs(last, photos[0])[0]
+    assert quantizer.equalize(photos[:2]) > 4
+    after = quantizer.inputs(last, photos[0])[0]
+    factor = np.abs(after).max(axis=(0, 2, 3)) / np.abs(before).max(axis=(0, 2, 3))
+    channels = len(factor)
+    assert np.allclose(factor[: channels // 4], 1, rtol=1e-3)  # passed on as they are
+    assert not np.allclose(factor[channels // 4 :], 1, rtol=0.1)
+    scaled = before * factor[None, :, None, None]
+    np.testing.assert_allclose(after, scaled, atol=1e-4 * np.abs(after).max())
+
+
+def numbered(layer: str) -> str:
+    convolutions = [n for n, m in fused().named_modules() if isinstance(m, torch.nn.Conv2d)]
+    return f'convolution_{convolutions.index(layer)}'
+
+
+def test_percentile_and_entropy_find_other_ranges(
+    artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path
+) -> None:
+    reports = [
+        quantize(artifact('onnx'), tmp_path / f'{name}.onnx', photos, calibrator=name, gate_db=10)
+        for name in ('minmax', 'percentile', 'entropy')
+    ]
+    assert len({round(r.stages_db['stage3'], 3) for r in reports}) == 3
+
+
+def test_seven_bit_weights(artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path) -> None:
+    out = tmp_path / 'a.onnx'
+    for reduced, largest in ((True, 64), (False, 127)):
+        quantize(artifact('onnx'), out, photos, reduce_range=reduced)
+        weights = [
+            np.abs(onnx.numpy_helper.to_array(i).astype(int)).max()
+            for i in onnx.load(out).graph.initializer
+            if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4
+        ]
+        assert max(weights) in (largest, largest - 1)
+
+
+class LayerCount:
+    """Falls by one with every layer in int8."""
+
+    max_drop = 9.0
+
+    def __call__(self, path: Path) -> tuple[str, float]:
+        return 'layers', 100.0 - int8_weights(path)
+
+
+def test_the_metric_keeps_layers_in_float(
+    artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path
+) -> None:
+    report = quantize(artifact('onnx'), tmp_path / 'a.onnx', photos, metric=LayerCount())
+    total = len(report.quantized) + len(report.kept_float)
+    assert report.metric == {'name': 'layers', 'fp32': 100, 'max_drop': 9, 'int8': 91}
+    assert len(report.quantized) == 9 < total
+    assert [*report.damage_db][: total - 9] == report.kept_float
+    damage = [*report.damage_db.values()]
+    assert damage == sorted(damage)
+
+
+def test_no_go(artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=r'does not pass its gate with \d+ of \d+ layers in flo'):
+        quantize(artifact('onnx'), tmp_path / 'out', photos, gate_db=90)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_task_metric_is_that_of_the_evaluation(
+    artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path
+) -> None:
+    data = tool_runs.tiny_shapes(tmp_path / 'shapes')
+    backbone = dict(type='RepNeXt', arch=dict(channels=(8, 16, 32, 64), depths=(1, 1, 2, 1)))
+    cfg = Config.fromfile(tool_runs.CONFIGS['seg'])
+    cfg.merge_from_dict(
+        {'model.backbone': backbone | {'_delete_': True}, 'model.neck.in_channels': [8, 16, 32, 64]}
+    )
+    config, checkpoint = tmp_path / 'config.py', tmp_path / 'a.pth'
+    cfg.dump(config)
+    torch.save({'state_dict': build(copy.deepcopy(cfg)).state_dict(), 'meta': {}}, checkpoint)
+    options = tuple(tool_runs.options('seg', data))
+    metric = TaskMetric(str(config), str(checkpoint), options=options, max_drop=100)
+    report = quantize(artifact('onnx'), tmp_path / 'a.onnx', photos, metric=metric)
+    assert report.metric is not None
+    assert report.metric['name'] == 'mIoU'
+    assert 0 < report.metric['fp32'] < 100
+    assert abs(report.metric['int8'] - report.metric['fp32']) < 20
+    with pytest.raises(UsageError, match='does not measure mAP; it measures aAcc, mIoU'):
+        TaskMetric(str(config), str(checkpoint), 'mAP', options=options)(artifact('onnx'))
+
+
+# --- images
+
+
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_config_images_are_what_its_model_sees(task: str, tmp_path: Path) -> None:
+    data = tool_runs.tiny_shapes(tmp_path / 'shapes', train=16)
+    moved = dict(pair.split('=') for pair in tool_runs.options(task, data)[1:])
+    images = calibration_images(tool_runs.CONFIGS[task], SIZE, options=moved, limit=None)
+    assert isinstance(images, calibration.DatasetImages)
+
+    cfg = Config.fromfile(tool_runs.CONFIGS[task])
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        preprocessor = MODELS.build(cfg.model.data_preprocessor)
+        expected = [
+            preprocessor(pseudo_collate([images.dataset[i]]), training=False)['inputs'].numpy()
+            for i in images.order
+        ]
+    assert len(images) == len(expected) >= 15
+    for image, wanted in zip(images, expected, strict=True):
+        np.testing.assert_allclose(image, wanted, rtol=1e-5, atol=1e-5)
+    assert 'train' in str(images.dataset.data_prefix)  # not what AP and mIoU are measured on
+
+
+def test_folder_images_are_the_same_each_time(tmp_path: Path, data_root: Path) -> None:
+    first, second = (calibration_images(data_root / 'coco', (48, 80), limit=20) for _ in range(2))
+    assert len(first) == 20
+    assert first[3].shape == (1, 3, 48, 80)
+    np.testing.assert_array_equal(first[3], second[3])
+    assert abs(np.mean(first[:])) < 1  # normalised
+
+    red = np.zeros((30, 50, 3), np.uint8)
+    red[..., 0] = 255
+    for i in range(calibration.MIN_IMAGES):
+        Image.fromarray(red).save(tmp_path / f'{i}.png')
+    mean, std = np.array([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+    image = calibration_images(tmp_path, (20, 20))[0]
+    np.testing.assert_allclose(image[0, :, 7, 7], (np.array([255, 0, 0]) - mean) / std, rtol=1e-5)
+    raw = calibration_images(tmp_path, (20, 20), calibration.RAW)[0]
+    np.testing.assert_allclose(raw[0, :, 7, 7], [0, 0, 255], atol=1e-4)  # BGR, as mm loads it
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize('source', ['random', 'no/such/folder'])
+def test_calibration_needs_images(source: str) -> None:
+    with pytest.raises(UsageError, match='neither a folder of images nor a config'):
+        calibration_images(source, SIZE)
+
+
+def test_folder_with_few_or_broken_images(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='has 0 images for calibration; give at least 16'):
+        calibration_images(tmp_path, SIZE)
+    for i in range(20):
+        (tmp_path / f'{i}.jpg').write_bytes(b'no image')
+    with pytest.raises(UsageError, match=r'\d+\.jpg cannot be read'):
+        _ = calibration_images(tmp_path, SIZE)[0]
+
+
+def noise(count: int) -> list[np.ndarray]:
+    return [*np.random.default_rng(0).standard_normal((count, 1, 3, *SIZE)).astype(np.float32)]
+
+
+@pytest.mark.parametrize(
+    'images, options, message',
+    [
+        (noise(20), {}, 'are noise or blank .* random calibration data is refused'),
+        ([np.ones((1, 3, *SIZE), np.float32)] * 20, {}, 'are noise or blank'),
+        (noise(15), {}, 'has 15 images for calibration; give at least 16'),
+        (None, dict(calibrator='mean'), "'mean' is not one of minmax, percentile, entropy"),
+        (None, dict(keep_float=['stem']), 'keep_float names stem, not among the layers'),
+    ],
+)
+def test_refused(
+    images: Any, options: Any, message: str, artifact: Any, photos: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantize(artifact('onnx'), tmp_path / 'a.onnx', images or photos, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_formats_without_int8(artifact: Any, photos: Any, tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    meta = {'family': 'RepNeXt', 'arch': 'm0', 'plan': 'exact', 'out_indices': [0, 1, 2, 3]}
+    model = reparameterize(build_m0(), 'exact')
+    torch.save({'state_dict': model.state_dict(), 'meta': {'repnext_mm': json.dumps(meta)}}, path)
+    with pytest.raises(UsageError, match='int8 is for ONNX and OpenVINO'):
+        quantize(path, tmp_path / 'b.pth', photos)
+    with pytest.raises(UsageError, match="calibrator='entropy' is ONNX Runtime's"):
+        quantize(artifact('openvino'), tmp_path / 'b', photos, calibrator='entropy')
+
+
+def build_m0() -> PyramidBackbone:
+    from repnext_mm import RepNeXt
+
+    return RepNeXt('m0').eval()
+
+
+def test_report_in_one_line() -> None:
+    report = QuantizationReport('a', 'b', 'onnxruntime', 'minmax', 8, 8, True, 20.0)
+    report.stages_db = {'stage0': 31.24}
+    report.quantized = ['x', 'y']
+    assert str(report) == '2 layers in int8; SQNR in dB: stage0 31.2 (gate 20)'
