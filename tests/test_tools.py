@@ -87,7 +87,7 @@ def test_train_then_the_command_it_names(
         lines = [line for line in output.splitlines() if line.startswith('No GPU')]
         assert len(lines) == 1
         assert 'SyncBN as BatchNorm' in lines[0]
-        assert 'float32 in place of --amp' in lines[0]
+        assert 'mixed precision in bfloat16' in lines[0]
     last = output.splitlines()[-1]
     wrote, following = last.split('; next: ')
     checkpoint = re.match(r'Wrote (\S+\.pth) and the log in (\S+)$', wrote)

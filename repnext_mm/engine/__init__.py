@@ -1,9 +1,10 @@
 """Training and evaluation: the tools' work, checkpoints that survive a kill, running without a GPU.
 
-Importing this registers `AtomicCheckpointHook`, `CompileBackbone` and
-`CPUDistributedDataParallel` with MMEngine.
+Importing this registers `AtomicCheckpointHook`, `CompileBackbone`, `CPUDistributedDataParallel` and
+`PortableAmpOptimWrapper` with MMEngine.
 """
 
+from .amp import PortableAmpOptimWrapper
 from .atomic_checkpoint import AtomicCheckpointHook, AtomicLocalBackend
 from .compile import CompileBackbone
 from .device import CPUDistributedDataParallel
@@ -14,6 +15,7 @@ __all__ = [
     'AtomicLocalBackend',
     'CPUDistributedDataParallel',
     'CompileBackbone',
+    'PortableAmpOptimWrapper',
     'UserError',
     'run_tool',
 ]

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, ensure_safe
 from ..deploy.exported_backbone import introduce, put_in_place
-from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed
+from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
@@ -42,9 +42,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--amp',
         nargs='?',
-        const=AMP_DTYPES[0],
+        const=True,
         choices=AMP_DTYPES,
-        help=f'mixed precision on a GPU, in {AMP_DTYPES[0]} unless given',
+        help=f'mixed precision, unless given in the optim_wrapper.dtype of the config or else in '
+        f'{AMP_DTYPES[0]}',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -141,7 +142,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.amp:
-        enable_amp(cfg, args.amp)
+        enable_amp(cfg, None if args.amp is True else args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
@@ -163,7 +164,7 @@ def _train(args: argparse.Namespace) -> None:
         runner.register_hook(RequireFit())
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
-    if cfg.optim_wrapper.get('dtype') == 'bfloat16':  # which a CPU took back
+    if uses_amp(cfg):
         keep_float32_where_needed(runner.model)
     _hint_batch_size(cfg, runner.world_size)
     try:

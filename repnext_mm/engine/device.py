@@ -13,6 +13,7 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 
+from .amp import fit_amp_to_cpu
 from .errors import UserError
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -90,11 +91,8 @@ def _fall_back_to_cpu(cfg: Config, launcher: str) -> str:
     if 'env_cfg' in cfg:
         cfg.env_cfg.cudnn_benchmark = False
     wrapper = cfg.get('optim_wrapper')
-    if wrapper is not None and wrapper.get('type') == 'AmpOptimWrapper':
-        wrapper.type = 'OptimWrapper'
-        for key in ('dtype', 'loss_scale', 'use_fsdp'):
-            wrapper.pop(key, None)
-        changes.append('float32 in place of --amp')
+    if wrapper is not None and (precision := fit_amp_to_cpu(wrapper)):
+        changes.append(precision)
     if launcher == 'pytorch':
         # mmengine's own start would call torch.cuda.set_device.
         if not torch.distributed.is_initialized():
