@@ -17,7 +17,8 @@ from torch import nn
 
 from ..layers.linear_attention import RecursiveAttention
 from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, make_stages
-from ..layers.recursive import RECURSIVE_CONVS, UPSAMPLE_MODES
+from ..layers.recursive import RECURSIVE_CONVS
+from ..layers.upsample import UPSAMPLE_MODES
 from .pyramid import NUM_STAGES, PyramidBackbone
 from .recnext_l import Design, LargeDesign
 from .repnext import RepNeXt

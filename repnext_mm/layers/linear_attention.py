@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .conv_norm import ConvNorm
 from .precision import run_in_float32
+from .upsample import Upsample, UpsampleMode
 
 Order = Literal['kv', 'qk']
 EPS = 1e-6
@@ -85,7 +86,7 @@ class RecursiveAttention(nn.Module):
         channels: int,
         heads: int = 1,
         kernel_size: int = 5,
-        mode: str = 'nearest',
+        mode: UpsampleMode = 'nearest',
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -98,10 +99,9 @@ class RecursiveAttention(nn.Module):
             groups=channels,
             bias=bias,
         )
-        self.mode = mode
+        self.upsample = Upsample(mode)
         self.down = nn.Sequential(conv(stride=2), LinearAttention(channels, heads, bias=bias))
         self.conv = conv()
 
     def forward(self, x: Tensor) -> Tensor:
-        context = F.interpolate(self.down(x), size=x.shape[2:], mode=self.mode)
-        return self.conv(x + context)
+        return self.conv(x + self.upsample(self.down(x), x.shape[2:]))

@@ -9,16 +9,28 @@ from __future__ import annotations
 from abc import abstractmethod
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .depthwise_conv import depthwise_conv2d
+from .forms import TrainingLayer
 from .precision import autocasts, run_in_float32
+from .upsample import UPSAMPLE_MODES, Upsample, UpsampleMode
 
-UpsampleMode = Literal['nearest', 'bilinear']
-UPSAMPLE_MODES: tuple[UpsampleMode, ...] = get_args(UpsampleMode)
+
+class DepthwiseConv2d(nn.Conv2d, TrainingLayer):
+    """Depthwise `nn.Conv2d` that takes its weight's gradient as `depthwise_conv2d` does."""
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, channels, groups=channels, **options)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.train_form == 'branches':
+            return super()._conv_forward(x, weight, bias)
+        padding = cast(tuple[int, int], self.padding)
+        return depthwise_conv2d(x, weight, bias, self.stride[0], padding)
 
 
 class RecursiveConv(nn.Module):
@@ -62,6 +74,8 @@ class RecursiveConv(nn.Module):
             )
         self.level = level
         self.mode = mode
+        if not self.transposed:
+            self.upsample = Upsample(mode)
         options: dict[str, Any] = dict(kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
         self.build(channels, partial(nn.Conv2d, **options))
 
@@ -79,9 +93,6 @@ class RecursiveConv(nn.Module):
         if autocasts(x.device.type):
             return run_in_float32(self.recur, x)
         return self.recur(x)
-
-    def upsample(self, x: Tensor, like: Tensor) -> Tensor:
-        return F.interpolate(x, size=like.shape[2:], mode=self.mode)
 
     def check_size(self, x: Tensor) -> None:
         height, width = x.shape[2:]
@@ -107,7 +118,7 @@ class SharedRecursiveConv(RecursiveConv):
     min_level = 0
 
     def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
-        depthwise = partial(conv, channels, channels, groups=channels)
+        depthwise = partial(DepthwiseConv2d, channels, **conv.keywords)
         if self.level:
             self.down = depthwise(stride=2)
         self.convs = nn.ModuleList(depthwise() for _ in range(self.level + 1))
@@ -118,7 +129,8 @@ class SharedRecursiveConv(RecursiveConv):
             features.append(self.down(features[-1]))
         out = features.pop()
         for conv in self.convs[: self.level]:
-            out = features[-1] + self.upsample(conv(out), like=features.pop())
+            finer = features.pop()
+            out = finer + self.upsample(conv(out), finer.shape[2:])
         return self.convs[-1](out)
 
 
@@ -129,7 +141,7 @@ class RecurrentConv(RecursiveConv):
     """
 
     def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
-        depthwise = partial(conv, channels, channels, groups=channels)
+        depthwise = partial(DepthwiseConv2d, channels, **conv.keywords)
         self.n = depthwise(stride=2)
         if self.level > 1:
             self.a = depthwise()
@@ -139,10 +151,10 @@ class RecurrentConv(RecursiveConv):
         features = [x]
         for _ in range(self.level):
             features.append(self.n(features[-1]))
-        out = self.upsample(self.b(features.pop()), like=features[-1])
+        out = self.upsample(self.b(features.pop()), features[-1].shape[2:])
         for _ in range(self.level - 1):
             out = self.a(out) + self.b(features.pop())
-            out = self.upsample(out, like=features[-1])
+            out = self.upsample(out, features[-1].shape[2:])
         return self.c(out) + self.d(x)
 
 
