@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,6 +150,27 @@ def test_few_rounds_give_their_range_and_say_how_much_it_covers() -> None:
 
 
 # --- rounds
+
+
+def test_runs_that_lead_in_do_not_count() -> None:
+    machine = Machine()
+
+    # After another variant's turn the first run takes ten times as long.
+    def slow_start(name: str) -> Callable[[], float]:
+        def seconds() -> float:
+            fresh = len(machine.turns) != starts.get(name)
+            starts[name] = len(machine.turns)
+            return 10.0 if fresh else 1.0
+
+        starts: dict[str, int] = {}
+        return seconds
+
+    for lead_in, expected in ((0, 5.5), (1, 1.0)):
+        schedule = replace(ONCE, lead_in=lead_in, round_s=2.0)
+        warm = {'a': Samples(warm_s=1.0), 'b': Samples(warm_s=1.0)}
+        runners = {name: machine.runner(name, slow_start(name)) for name in warm}
+        samples = timing.interleave(runners, schedule, warm)
+        assert samples['a'].medians == [expected] * schedule.rounds
 
 
 def test_rounds_go_forwards_and_backwards_in_turn() -> None:

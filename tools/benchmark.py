@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> None:
             norm_eval=getattr(args, 'norm_eval', False),
             channels=getattr(args, 'channels', 64),
             compile=args.compile,
-            schedule=Schedule(rounds=args.rounds, budget_s=args.budget_s),
+            schedule=Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s),
             profile=args.profile,
         ),
     )

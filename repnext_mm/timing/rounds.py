@@ -69,6 +69,8 @@ class Schedule:
     Args:
         rounds: How often every variant gets its turn; fewer when `budget_s` ends before.
         round_s: Runs of a turn go on for at least this long.
+        lead_in: So many runs at the start of a turn do not count: they find the caches and the
+            allocator as another variant left them, which no run of its own ever does.
         warmup_window: Warm-up ends when so many turns in a row ...
         warmup_tolerance: ... lie within this share of their median,
         warmup_cap_s: or after this long.
@@ -78,6 +80,7 @@ class Schedule:
 
     rounds: int = 30
     round_s: float = 5e-3
+    lead_in: int = 0
     warmup_window: int = 10
     warmup_tolerance: float = 0.02
     warmup_cap_s: float = 30.0
@@ -254,7 +257,8 @@ def interleave(
             break
         start = deadline.clock()
         for name in names:
-            samples[name].rounds.append(runners[name].run(counts[name]))
+            runs = runners[name].run(schedule.lead_in + counts[name])
+            samples[name].rounds.append(runs[schedule.lead_in :])
         names.reverse()
         longest = max(longest, deadline.clock() - start)
     return samples
