@@ -76,4 +76,4 @@ def batch_norms(operations: Counter[str]) -> int:
 
 def convolutions(operations: Counter[str]) -> int:
     """Convolutions among them."""
-    return sum(n for name, n in operations.items() if 'conv' in name.lower())
+    return sum(n for name, n in operations.items() if re.search('conv(?!ert)', name.lower()))
