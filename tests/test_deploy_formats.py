@@ -138,11 +138,9 @@ def test_coreml_in_float32(tmp_path: Path) -> None:
 def test_reduced_precision(dtype: str, tmp_path: Path) -> None:
     names = [name for name in RUN_HERE if dtype in FORMATS[name].dtypes and name != 'aoti']
     model = source('recnext_a')  # attention keeps float32 inside
-    full = artifacts(export(model, tmp_path / 'fp32', *names))
-    report = export(model, tmp_path / dtype, *names, dtype=dtype)
-    low, high = {'fp16': (45, 90), 'bf16': (25, 60)}[dtype]
-    for name, record in artifacts(report).items():
-        assert record['bytes'] < 0.8 * full[name]['bytes'], name
+    report = export(model, tmp_path, *names, dtype=dtype)
+    low, high = {'fp16': (45, 90), 'bf16': (25, 60)}[dtype]  # float32 has 110 and more
+    for name in names:
         with opened(report, name) as artifact:
             outputs = artifact.run(torch.randn(1, 3, 64, 64))
         assert all(out.dtype == np.float32 for out in outputs)
