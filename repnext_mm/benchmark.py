@@ -31,6 +31,7 @@ from .layers import (
     configure,
 )
 from .layers.recursive import SharedRecursiveConv
+from .layers.upsample import Upsample
 from .model_table import FAMILIES
 from .reparam import PLANS, reparameterize
 from .timing import (
@@ -353,6 +354,7 @@ LAYERS: dict[str, dict[str, Callable[[int], nn.Module]]] = {
     'downsample': _train_forms(lambda c: Downsample(2 * c, CopyConv(c), 2)),
     'recursive_conv': _train_forms(lambda c: SharedRecursiveConv(c, level=4)),
     'recursive_attention': _train_forms(RecursiveAttention),
+    'upsample': _train_forms(lambda c: Upsample()),
 }
 
 

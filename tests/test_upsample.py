@@ -94,6 +94,7 @@ def test_only_contiguous_maps_are_blended_and_only_to_twice_the_size(
     calls = [e.count for e in profile.key_averages() if e.key == 'aten::upsample_bilinear2d']
     assert sum(calls) == interpolations
     assert out.is_contiguous(memory_format=layout)
+    assert layer(x).shape == (1, 4, 16, 16)
 
 
 @pytest.mark.parametrize('name', ['recnext_m', 'recnext_a', 'recnext_l_share'])

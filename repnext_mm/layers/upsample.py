@@ -17,11 +17,12 @@ UPSAMPLE_MODES: tuple[UpsampleMode, ...] = get_args(UpsampleMode)
 
 
 class Upsample(TrainingLayer):
-    """`F.interpolate` to `size`, `(N, C, H, W) -> (N, C, *size)`; bilinear with half-pixel centres.
+    """`F.interpolate` to `size`, or to twice the size: `(N, C, H, W) -> (N, C, *size)`.
 
-    torch's bilinear kernels for contiguous maps are slow: on a CPU they run pixel by pixel, on a
-    GPU they are parallel over the pixels alone. To twice the size, blends of neighbours do the
-    same faster. Those for channels_last are good (docs/benchmarks/upsampling-cpu.md).
+    Bilinear has half-pixel centres. torch's bilinear kernels are slow for contiguous maps: on a
+    CPU they run pixel by pixel, on a GPU they are parallel over the pixels alone. To twice the
+    size, blends of neighbours do the same faster. The kernels for channels_last stay, for they
+    are fast (docs/benchmarks/upsampling-cpu.md).
 
     Args:
         mode: 'nearest' or 'bilinear'.
@@ -31,7 +32,8 @@ class Upsample(TrainingLayer):
         super().__init__()
         self.mode = mode
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        size = [2 * side for side in x.shape[2:]] if size is None else size
         if self.train_form == 'merged' and self.mode == 'bilinear' and _blends(x, size):
             return _Double.apply(x)
         return F.interpolate(x, size=tuple(size), mode=self.mode)
