@@ -107,7 +107,13 @@ def _open_network(network: Record, image: torch.Tensor) -> Callable[[], Any]:
     from .. import backbones
 
     family = getattr(backbones, network['family'])
-    model = family(network['arch'], out_indices=network['out_indices']).eval()
+    # Plan `branches` stands for the published code, in the layout that is asked for and no other.
+    model = family(
+        network['arch'],
+        out_indices=network['out_indices'],
+        train_form='branches' if network['plan'] == BRANCHES else 'merged',
+        channels_last=network['layout'] == 'channels_last',
+    ).eval()
     model = reparameterize(model, network['plan'], accept_inexact=('border',))
     layout = (
         torch.channels_last if network['layout'] == 'channels_last' else torch.contiguous_format
