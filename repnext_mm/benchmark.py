@@ -326,11 +326,7 @@ def inference(name: str, settings: Settings) -> Subject:
     family, arch = parse_arch(name)
 
     def fused(plan: Any) -> nn.Module:
-        # The reference is the published code's: contiguous, and with its operators.
-        published = plan == PLANS[0]
-        options = dict(train_form='branches', channels_last=False) if published else {}
-        model = family(arch, **options).eval()
-        return reparameterize(model, plan, accept_inexact=('border',))
+        return reparameterize(family(arch).eval(), plan, accept_inexact=('border',))
 
     forms: dict[str, Callable[[], nn.Module]] = {plan: partial(fused, plan) for plan in PLANS}
     shape = (settings.batch, 3, *settings.size)
