@@ -39,7 +39,8 @@ ROW_KEYS = {
     ],
 )
 def test_all_forms_of_a_subject_compute_the_same(command: str, name: str) -> None:
-    settings = Settings(size=(32, 64), batch=2, channels=16)
+    # Norms over two values alone would make much of any rounding.
+    settings = Settings(size=(64, 128), batch=2, channels=16)
     subject = benchmark.COMMANDS[command](name, settings)
     expected = None
     for form, build in subject.forms.items():
@@ -146,8 +147,14 @@ def test_the_result_is_json_with_the_environment_and_a_row_per_variant() -> None
     assert [row['variant'] for row in rows] == ['branches', 'merged', 'merged/channels_last']
     assert all(set(row) == ROW_KEYS for row in rows)
     assert rows[0]['verdict'] == 'reference'
-    # One convolution has one output to keep, nine have nine.
-    assert rows[1]['memory_bytes'] < rows[0]['memory_bytes']
+    assert all(row['memory_bytes'] > 0 for row in rows)
+
+
+def test_a_merged_layer_keeps_less_for_backward() -> None:
+    subject = benchmark.layer('chunk_conv', Settings(size=(64, 64), batch=2, channels=16))
+    # One convolution has one output to keep, eleven have eleven.
+    kept = [Trial(subject, Variant(form), SMALL).memory() for form in ('branches', 'merged')]
+    assert kept[1] < kept[0]
 
 
 def test_compile_adds_every_variant_and_the_reference_compiled(
@@ -171,7 +178,7 @@ def test_a_compiled_layer_computes_the_same_and_its_memory_is_counted() -> None:
     settings = Settings(size=(8, 8), channels=8)
     subject = benchmark.layer('gelu', settings)
     eager, compiled = (
-        Trial(subject, Variant('torch', compiled=c), settings) for c in (False, True)
+        Trial(subject, Variant('merged', compiled=c), settings) for c in (False, True)
     )
     assert compiled.call is not compiled.model
     torch.testing.assert_close(eager.forward(), compiled.forward(), rtol=1e-5, atol=1e-6)
@@ -240,7 +247,7 @@ def test_the_tool_writes_json_alone_on_stdout(tmp_path: Path) -> None:
     assert result['comparisons'][0]['shape'] == [2, 8, 8, 12]
     assert result['environment']['threads'] == 1
     profiles = result['comparisons'][1]['profiles']
-    assert {'aten::gelu', 'aten::gelu_backward'} <= {e['operator'] for e in profiles['torch']}
+    assert {'aten::gelu', 'aten::gelu_backward'} <= {e['operator'] for e in profiles['merged']}
 
 
 def test_the_tool_shows_a_table_and_writes_a_file(tmp_path: Path) -> None:
