@@ -520,7 +520,15 @@ def export(
     """Write an artifact to be timed and thrown away."""
     batch, _, height, width = shape
     names = tuple(f'stage{i}' for i in model.out_indices)
-    metadata = {'dtype': dtype, 'size': [height, width], 'batch': batch}
+    metadata = {
+        'family': type(model).__name__,
+        'arch': model.arch if model.arch in model.arch_zoo else model.settings,
+        'plan': model.plan,
+        'out_indices': list(model.out_indices),
+        'dtype': dtype,
+        'size': [height, width],
+        'batch': batch,
+    }
     job = Job(model, (height, width), names, metadata, batch=batch, dtype=dtype)
     if opset is not None:
         job = replace(job, opset=opset)
