@@ -322,7 +322,10 @@ class ExportedProgramArtifact(TorchArtifact):
         extra = {METADATA_KEY: ''}
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # that it reads weights without a copy
-            self.module = torch.export.load(self.path, extra_files=extra).module()
+            program = torch.export.load(self.path, extra_files=extra)
+        # Its guards say more than which sizes fit: that maps which tracing saw with more than one
+        # pixel never have just one, though the operations take either.
+        self.module = program.module(check_guards=False)
         self.metadata = _metadata(self, extra)
 
 

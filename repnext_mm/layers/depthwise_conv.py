@@ -36,7 +36,9 @@ def _lacks_wide_gradient() -> bool:
 def _splits(x: Tensor, weight: Tensor, stride: int) -> bool:
     height, width = weight.shape[2:]
     return (
-        stride == 1
+        # Asked first: where sizes are symbols each further answer would be a condition on them.
+        runs_eagerly()
+        and stride == 1
         and x.numel() >= WORTHWHILE
         and height > FAST_WIDTH
         and width > FAST_WIDTH
@@ -45,7 +47,6 @@ def _splits(x: Tensor, weight: Tensor, stride: int) -> bool:
         and x.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled('cpu')
-        and runs_eagerly()
         and is_channels_last(x)
         and _lacks_wide_gradient()
     )

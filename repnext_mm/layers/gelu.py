@@ -16,7 +16,8 @@ class GELU(nn.GELU, TrainingLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        slow = x.device.type == 'cpu' and is_channels_last(x)
-        if slow and self.train_form == 'merged' and runs_eagerly():
+        # Layout is asked for last: of symbolic sizes the answer would become a condition.
+        eager = self.train_form == 'merged' and runs_eagerly()
+        if eager and x.device.type == 'cpu' and is_channels_last(x):
             return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return F.gelu(x)
