@@ -36,7 +36,7 @@ class PatchEmbedding(nn.Sequential, Fusible, TrainingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = cast('tuple[nn.Conv2d, nn.BatchNorm2d]', tuple(self))
-        if self.train_form == 'branches' or norm.training:
+        if norm.training or not self.merges():
             return norm(conv(x))
         return convolve(x, conv, after=frozen_affine(norm))
 
@@ -55,7 +55,7 @@ class PatchMerging(nn.Sequential, Fusible, TrainingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, conv = cast('tuple[nn.BatchNorm2d, nn.Conv2d]', tuple(self))
-        if self.train_form == 'branches':
+        if not self.merges():
             return conv(norm(x))
         x, affine = separate(norm, x)
         return convolve(x, conv, before=affine)
@@ -77,7 +77,7 @@ class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, TrainingLayer):
     gamma: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.train_form == 'branches':
+        if not self.merges():
             return super().forward(x)
         fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
         mixed, affine = separate(self.norm, self.token_mixer(x))

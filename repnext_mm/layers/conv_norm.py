@@ -47,7 +47,7 @@ class ConvNorm(nn.Sequential, Fusible, TrainingLayer):
 
     def convolve(self, x: Tensor, before: nn.Module | None = None) -> Tensor:
         """The convolution, with as much of both norms folded into it as can be."""
-        if self.train_form == 'branches':
+        if not self.merges():
             return self.conv(x if before is None else before(x))
         affine = None
         if before is not None:
@@ -56,7 +56,7 @@ class ConvNorm(nn.Sequential, Fusible, TrainingLayer):
 
     def normalise(self, y: Tensor) -> Tensor:
         """The part of the norm that `convolve` left."""
-        return self.norm(y) if self.norm.training or self.train_form == 'branches' else y
+        return self.norm(y) if self.norm.training or not self.merges() else y
 
     def renormalise(self, y: Tensor) -> Tensor:
         """What `normalise` returned in training, without moving the running statistics."""

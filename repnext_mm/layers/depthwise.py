@@ -89,8 +89,8 @@ class BranchedDepthwise(Fusible, TrainingLayer):
         return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
 
     def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
-        """`after` is applied to the output; only in the 'merged' form."""
-        if self.train_form == 'branches':
+        """`after` is applied to the output; only where this `merges`."""
+        if not self.merges():
             assert after is None
             return self.forward_branches(x)
         weight, bias = self.merged_kernel()

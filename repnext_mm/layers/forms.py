@@ -22,6 +22,10 @@ class TrainingLayer(nn.Module):
     #: Recompute cheap intermediate results in backward instead of keeping them.
     save_memory: bool = False
 
+    def merges(self) -> bool:
+        """Whether to compute the fast way now; files hold the published operations."""
+        return self.train_form == 'merged' and not is_exporting()
+
     def recomputes(self) -> bool:
         """Whether to leave cheap results to backward now."""
         return self.save_memory and torch.is_grad_enabled() and runs_eagerly()
@@ -35,10 +39,15 @@ def configure(network: nn.Module, **settings: Any) -> None:
                 setattr(layer, name, value)
 
 
+def is_exporting() -> bool:
+    """Whether operations are written down for a file, by torch.export or by tracing."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_exporting()
+
+
 def runs_eagerly() -> bool:
     """Whether operations run as they are called: compilers and exporters want the plain ones."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return not (tracing or torch.compiler.is_compiling())
+    return not (is_exporting() or torch.compiler.is_compiling())
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -121,7 +121,7 @@ class Downsample(Fusible, TrainingLayer):
     def mix(self, x: Tensor) -> Tensor:
         """`norm(token_mixer(x))`; frozen statistics are folded into the mixer."""
         norm, mixer = self.norm, self.token_mixer
-        if self.train_form == 'merged' and isinstance(norm, _BatchNorm) and not norm.training:
+        if self.merges() and isinstance(norm, _BatchNorm) and not norm.training:
             if isinstance(mixer, nn.Conv2d):
                 return convolve(x, mixer, after=frozen_affine(norm))
             if isinstance(mixer, CopyConv):

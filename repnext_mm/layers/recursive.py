@@ -27,7 +27,7 @@ class DepthwiseConv2d(nn.Conv2d, TrainingLayer):
         super().__init__(channels, channels, groups=channels, **options)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.train_form == 'branches':
+        if not self.merges():
             return super()._conv_forward(x, weight, bias)
         padding = cast(tuple[int, int], self.padding)
         return depthwise_conv2d(x, weight, bias, self.stride[0], padding)

@@ -33,7 +33,7 @@ class RepMixer(Fusible, TrainingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         batch_statistics = self.lk.norm.training or self.sk.norm.training
-        if self.train_form == 'branches' or batch_statistics:
+        if batch_statistics or not self.merges():
             return self.lk(x) + self.sk(x) + x
         weight, bias = self.merge(self.lk.folded(), self.sk.folded())
         return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1, groups=self.groups)

@@ -117,7 +117,7 @@ class CopyConv(Fusible):
         self.conv_m = BranchedDepthwise(channels, MEDIUM, stride=2)
 
     def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
-        """`after` is applied to the output; only in the 'merged' train form."""
+        """`after` is applied to the output; only where this `merges`."""
         convs = self.conv_s, self.conv_m
         if after is None:
             return torch.cat([conv(x) for conv in convs], dim=1)
