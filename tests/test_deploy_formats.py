@@ -159,7 +159,7 @@ def test_open_height_and_width(family: str, tmp_path: Path) -> None:
         assert len({tuple(row['shape']) for row in rows if row['output'] == 'stage0'}) == 3
         with opened(report, name) as artifact:
             assert artifact.input_shape[2:] == (None, None)
-            for height, width in ((127, 66), (224, 251)):
+            for height, width in ((127, 66), (224, 251), (576, 640)):
                 image = torch.randn(1, 3, height, width)
                 assert_equal(artifact.run(image), model.model, image)
 
@@ -214,7 +214,9 @@ def test_preprocessing_inside(tmp_path: Path) -> None:
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     model = source('repnext_m')
     model.preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True, type='DetDataPreprocessor')
-    report = export(model, tmp_path, 'onnx', 'openvino', 'pth', preprocess=True)
+    with pytest.raises(UsageError, match='--preprocess embed is not possible for pth'):
+        export(model, tmp_path, 'onnx', 'pth', preprocess=True)
+    report = export(model, tmp_path, 'onnx', 'openvino', preprocess=True)
     raw = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     normal = ImgDataPreprocessor(mean, std, bgr_to_rgb=True)({'inputs': [raw[0]]})['inputs']
     for name in ('onnx', 'openvino'):
@@ -301,6 +303,19 @@ def test_a_norm_that_was_left_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ExportError, match=r'onnx holds \d+ BatchNorm, though plan exact leaves'):
         export(model, tmp_path, 'onnx')
     assert not list(tmp_path.glob('**/*.onnx'))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_network_that_was_not_fused(family: str, tmp_path: Path) -> None:
+    """Somebody else's exporter gets the published operations, whose weights need no computing."""
+    model = source(family).model
+    path, image = tmp_path / 'unfused.onnx', torch.randn(1, 3, 64, 64)
+    with exporters.quiet():
+        torch.onnx.export(model, (image,), str(path), dynamo=True)
+    with open_artifact(path) as artifact:
+        assert_equal(artifact.run(image), model, image)
+    operations = {str(n.target) for n in torch.export.export(model, (image,)).graph.nodes}
+    assert not {name for name in operations if 'pad' in name or 'flip' in name}
 
 
 def test_compare_sees_every_kind_of_difference() -> None:

@@ -176,15 +176,6 @@ def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image[:, :, top : top + size[0], left : left + size[1]]
 
 
-def preprocess_of(settings: Mapping[str, Any] | None) -> Preprocess:
-    """What a config's `data_preprocessor` does to the values of an image."""
-    settings = settings or {}
-    if settings.get('mean') is None or settings.get('std') is None:
-        return RAW
-    swap = settings.get('bgr_to_rgb') or settings.get('rgb_to_bgr')
-    return Preprocess(tuple(settings['mean']), tuple(settings['std']), bool(swap))
-
-
 def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
     """The data set of a config that is calibrated on, and what is done to its images."""
     from mmengine.registry import DATASETS, DefaultScope
@@ -209,7 +200,7 @@ def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
         dataset = DATASETS.build(settings)
     dataset.scope = scope
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    return dataset, preprocess_of(preprocessor)
+    return dataset, Preprocess.of(preprocessor) or RAW
 
 
 def _innermost(settings: Any) -> Any:

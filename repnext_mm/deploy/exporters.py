@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
@@ -50,6 +50,14 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     swap: bool
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None) -> Preprocess | None:
+        """That of a config's `data_preprocessor`, None where it does not normalise."""
+        if not settings or settings.get('mean') is None or settings.get('std') is None:
+            return None
+        swap = settings.get('bgr_to_rgb') or settings.get('rgb_to_bgr')
+        return cls(tuple(settings['mean']), tuple(settings['std']), bool(swap))
 
     def apply(self, image: Tensor) -> Tensor:
         """`(N, 3, H, W)` as loaded to what the backbone takes."""

@@ -38,6 +38,7 @@ class Format:
         check: Says what to be warned of before anything is written.
         companions: Files of this package that are shipped beside an artifact.
         in_all: Whether `--format all` includes it.
+        has_operations: Whether it can normalise images itself.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Format:
     check: Callable[[], list[str]] = list
     companions: tuple[str, ...] = ()
     in_all: bool = True
+    has_operations: bool = True
 
     def missing(self, dtype: str | None = None) -> list[str]:
         """Requirements that are not installed."""
@@ -97,6 +99,7 @@ FORMATS: dict[str, Format] = {
             exporters.export_pth,
             inspection.operations_pth,
             runtime='torch',
+            has_operations=False,
         ),
         Format(
             'pt2',

@@ -182,6 +182,11 @@ class Export:
             raise UsageError(
                 f'--dynamic {options.dynamic} is not possible for {row.name}: {reason}.'
             )
+        if options.preprocess and not row.has_operations:
+            raise UsageError(
+                f'--preprocess embed is not possible for {row.name}: it holds weights alone, and '
+                'the data_preprocessor of the config they are loaded in normalises the images.'
+            )
         for name, _ in options.others:
             if not any(name in other.options for other, _ in options.formats):
                 raise UsageError(
@@ -201,19 +206,11 @@ class Export:
                     '--allow-odd to export and compare at this very size.'
                 )
 
-    def _own_preprocess(self) -> Preprocess | None:
-        """What the config's data preprocessor does."""
-        settings = self.source.preprocessor
-        if not settings or settings.get('mean') is None or settings.get('std') is None:
-            return None
-        swap = bool(settings.get('bgr_to_rgb') or settings.get('rgb_to_bgr'))
-        return Preprocess(tuple(settings['mean']), tuple(settings['std']), swap)
-
     def _preprocess(self) -> Preprocess | None:
         """What is built into the artifacts."""
         if not self.options.preprocess:
             return None
-        if (preprocess := self._own_preprocess()) is None:
+        if (preprocess := Preprocess.of(self.source.preprocessor)) is None:
             raise UsageError(
                 '--preprocess embed needs a config whose data_preprocessor has mean and std; '
                 f'{self.source.config or self.source.name} has none.'
@@ -517,7 +514,7 @@ class Export:
         return calibration_images(
             self.options.calib,
             size,
-            RAW if job.preprocess else self._own_preprocess(),
+            RAW if job.preprocess else Preprocess.of(self.source.preprocessor),
             limit=self.options.calib_images + HELD_OUT,
         )
 
