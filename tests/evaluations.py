@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import mm_models
+import numpy as np
 import torch
 from conftest import randomise
 from mmengine.config import Config
 from networks import TINY
+from PIL import Image
 from tool_runs import CONFIGS
+from torch import nn
 
+from repnext_mm.checkpoints.reading import read_weights
 from repnext_mm.engine.cli import evaluate_main
 
 METRICS = {'det': 'coco/bbox_mAP', 'seg': 'mIoU'}
@@ -28,14 +32,14 @@ NETWORK = 'repnext_m'
 class Trained:
     """A config, a checkpoint that fits it, and what moves the config to the test's data.
 
-    `found` is the ground truth of a detector, where it has its own.
+    `truth` are the settings that make the model's own predictions the ground truth.
     """
 
     task: str
     config: Path
     checkpoint: Path
     options: list[str]
-    found: Path | None = None
+    truth: tuple[str, ...] = ()
 
     @property
     def data_root(self) -> Path:
@@ -47,12 +51,7 @@ class Trained:
         config, checkpoint = (paths.get(k, getattr(self, k)) for k in ('config', 'checkpoint'))
         work_dir = self.config.parent / 'work_dirs'
         command = [str(config), str(checkpoint), f'--work-dir={work_dir}', *map(str, args)]
-        command += [*self.options, *settings]
-        if self.found is not None:
-            command += [
-                f'{part}.ann_file={self.found}'
-                for part in ('test_dataloader.dataset', 'test_evaluator')
-            ]
+        command += [*self.options, *self.truth, *settings]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = evaluate_main(command)
@@ -83,11 +82,22 @@ class Evaluation:
         return lines[0]
 
 
+def backbone_of(model: Trained) -> nn.Module:
+    """The backbone of a detector or a segmentor, with its weights."""
+    network, arch = TINY[NETWORK]
+    backbone = network(arch)
+    tensors = read_weights(model.checkpoint).tensors
+    own = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
+    backbone.load_state_dict(own)
+    return backbone
+
+
 def trained(task: str, folder: Path, options: list[str], base: Path | None = None) -> Trained:
     """A model with random weights, which are to a comparison what trained ones are.
 
-    A detector's would find nothing. Its ground truth is what it finds itself, so that its AP is
-    near 1 and whatever changes a box or the order of scores lowers it.
+    Random predictions miss the ground truth and would go on missing it when they change. So the
+    ground truth is what the model itself predicts: its AP or mIoU is near its maximum, and
+    whatever changes a box, the order of scores or a pixel's class lowers it.
 
     Args:
         task: 'det' or 'seg'.
@@ -110,20 +120,40 @@ def trained(task: str, folder: Path, options: list[str], base: Path | None = Non
         model = randomise(mm_models.build(Config.fromfile(config)))
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, checkpoint)
     made = Trained(task, config, checkpoint, options)
-    if task == 'det':
-        prefix = folder / 'found'
-        evaluation = made.evaluate(settings=(f'test_evaluator.outfile_prefix={prefix}',))
-        assert evaluation.code == 0, evaluation.err
-        truth = made.data_root / 'annotations' / 'instances_val2017.json'
-        content = json.loads(truth.read_text())
-        found = json.loads(Path(f'{prefix}.segm.json').read_text())
-        seen = {one['image_id'] for one in found}
-        content['images'] = [image for image in content['images'] if image['id'] in seen]
-        best = sorted(found, key=lambda one: -one['score'])[: 4 * len(seen)]
-        content['annotations'] = [
-            dict(one, id=number, iscrowd=0, area=one['bbox'][2] * one['bbox'][3])
-            for number, one in enumerate(best, start=1)
-        ]
-        made.found = folder / 'found.json'
-        made.found.write_text(json.dumps(content))
+    made.truth = own_boxes(made, folder) if task == 'det' else own_maps(made, folder)
     return made
+
+
+def own_boxes(model: Trained, folder: Path) -> tuple[str, ...]:
+    """Take the best boxes that a detector finds for the ground truth."""
+    prefix = folder / 'found'
+    evaluation = model.evaluate(settings=(f'test_evaluator.outfile_prefix={prefix}',))
+    assert evaluation.code == 0, evaluation.err
+    content = json.loads((model.data_root / 'annotations/instances_val2017.json').read_text())
+    found = json.loads(Path(f'{prefix}.segm.json').read_text())
+    seen = {one['image_id'] for one in found}
+    content['images'] = [image for image in content['images'] if image['id'] in seen]
+    best = sorted(found, key=lambda one: -one['score'])[: 4 * len(seen)]
+    content['annotations'] = [
+        dict(one, id=number, iscrowd=0, area=one['bbox'][2] * one['bbox'][3])
+        for number, one in enumerate(best, start=1)
+    ]
+    (folder / 'found.json').write_text(json.dumps(content))
+    return boxes_of(folder / 'found.json')
+
+
+def boxes_of(file: Path) -> tuple[str, ...]:
+    """The settings that make `file` a detector's ground truth."""
+    return tuple(
+        f'{part}.ann_file={file}' for part in ('test_dataloader.dataset', 'test_evaluator')
+    )
+
+
+def own_maps(model: Trained, folder: Path) -> tuple[str, ...]:
+    """Take the classes that a segmentor gives to pixels for the ground truth."""
+    truth = folder / 'found'
+    evaluation = model.evaluate(settings=(f'test_evaluator.output_dir={truth}',))
+    assert evaluation.code == 0, evaluation.err
+    classes = {value for path in truth.iterdir() for value in np.unique(Image.open(path))}
+    assert len(classes) > 2, 'too few classes to tell one prediction from another'
+    return (f'test_dataloader.dataset.data_prefix.seg_map_path={truth}',)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,13 @@ def start(tool: str, *args: Any, cwd: Path, **env: str) -> subprocess.Popen:
         command.insert(0, sys.executable)
     with open(cwd / 'output.txt', 'w') as output:
         return subprocess.Popen(
-            command, cwd=cwd, env=environment(**env), stdout=output, stderr=subprocess.STDOUT
+            command,
+            cwd=cwd,
+            env=environment(**env),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Jobs in the background of a script ignore Ctrl-C, and what they start does too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
