@@ -298,6 +298,53 @@ def test_a_pth_of_another_kind(tmp_path: Path) -> None:
     assert not (tmp_path / 'mark').exists()
 
 
+SIGNALLED = """
+import gc, os, signal, sys
+import numpy as np
+from repnext_mm.deploy.openvino_core import kept_signal_stack
+from repnext_mm.deploy.runtimes import open_artifact
+
+image = np.zeros((1, 3, 64, 96), np.float32)
+
+
+def ours():
+    first, second = (open_artifact(sys.argv[2]) for _ in range(2))
+    for artifact in (first, second):
+        with artifact:
+            artifact.run(image)
+
+
+def theirs():
+    import openvino
+
+    files = [path for path in os.listdir(sys.argv[2]) if path.endswith('.xml')]
+    models = [openvino.Core().compile_model(os.path.join(sys.argv[2], files[0])) for _ in range(2)]
+    for _ in range(2):
+        del models[0]
+        gc.collect()
+
+
+if sys.argv[1] == 'ours':
+    ours()
+else:
+    with kept_signal_stack():
+        theirs()
+gc.collect()
+seen = []
+signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+os.kill(os.getpid(), signal.SIGUSR1)
+print('survived', len(seen))
+"""
+
+
+@pytest.mark.parametrize('cores', ['ours', 'theirs'])
+def test_signals_after_openvino(artifacts: Path, cores: str) -> None:
+    """OpenVINO's cores take the memory away that signal handlers run in."""
+    command = [sys.executable, '-c', SIGNALLED, cores, str(artifacts / 'm_openvino')]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert (done.returncode, done.stdout) == (0, 'survived 1\n'), done.stderr
+
+
 def test_importing_costs_no_runtime() -> None:
     """`import repnext_mm` and the module itself load neither onnxruntime nor openvino."""
     code = (

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..timing.profile import by_operator
+from .openvino_core import openvino_core
 from .parity import noise
 from .runtimes import ONNXArtifact, OpenVINOArtifact, open_artifact
 
@@ -228,8 +229,6 @@ def _openvino(
     precision: str | None,
     runs: int,
 ) -> tuple[list[Call], dict[str, int]]:
-    import openvino
-
     options: dict[str, Any] = {
         'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_PRECISION_HINT': precision or 'f32',
@@ -237,8 +236,7 @@ def _openvino(
     }
     if threads:
         options['INFERENCE_NUM_THREADS'] = threads
-    core = openvino.Core()
-    request = core.compile_model(artifact.path, 'CPU', options).create_infer_request()
+    request = openvino_core().compile_model(artifact.path, 'CPU', options).create_infer_request()
     calls = []
     counted: Counter[str] = Counter()
     for _ in range(runs):

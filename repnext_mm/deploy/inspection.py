@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import read_weights
+from .openvino_core import openvino_core
 
 
 def operations_pth(path: Path) -> Counter[str]:
@@ -54,9 +55,7 @@ def operations_onnx(path: Path) -> Counter[str]:
 
 def operations_openvino(path: Path) -> Counter[str]:
     """Layers of an OpenVINO IR, without constants."""
-    import openvino
-
-    model = openvino.Core().read_model(path)
+    model = openvino_core().read_model(path)
     return Counter(op.get_type_name() for op in model.get_ops() if op.get_type_name() != 'Constant')
 
 

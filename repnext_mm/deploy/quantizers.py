@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DependencyError, UsageError
+from .openvino_core import kept_signal_stack, openvino_core
 from .runtimes import METADATA_KEY
 
 CALIBRATORS = ('minmax', 'percentile', 'entropy')
@@ -276,8 +277,6 @@ class OpenVINOQuantizer(Quantizer):
     KINDS = ('Convolution', 'GroupConvolution')
 
     def __init__(self, source: Path, folder: Path, calibrator: str, reduce_range: bool) -> None:
-        import openvino
-
         if calibrator == 'entropy':
             raise UsageError("calibrator='entropy' is ONNX Runtime's; NNCF has minmax, percentile.")
         super().__init__(source, folder, calibrator, reduce_range)
@@ -285,7 +284,7 @@ class OpenVINOQuantizer(Quantizer):
         # An OpenVINO artifact is a folder, or one of the two files in it.
         xml = next(source.glob('*.xml')) if source.is_dir() else source
         self.file = self.result / xml.name
-        self.model = openvino.Core().read_model(xml)
+        self.model = openvino_core().read_model(xml)
         self.nodes = {
             _layer_name(op.get_friendly_name()): op.get_friendly_name()
             for op in self.model.get_ordered_ops()
@@ -334,7 +333,7 @@ class OpenVINOQuantizer(Quantizer):
             model = self.model.clone()
             found = [self._find(model, layer).input_value(0) for layer in layers]
             watched = openvino.Model(found, model.get_parameters(), 'watched')
-            self.compiled = layers, openvino.Core().compile_model(watched, 'CPU', FLOAT32)
+            self.compiled = layers, openvino_core().compile_model(watched, 'CPU', FLOAT32)
         results = self.compiled[1]([image.repeat(self.batch, axis=0)])
         return [results[i] for i in range(len(layers))]
 
@@ -362,7 +361,7 @@ class OpenVINOQuantizer(Quantizer):
         self.ranges: dict[str, tuple[float, float]] = {}
 
     def write(self, layers: Collection[str]) -> None:
-        with _quiet():
+        with _quiet(), kept_signal_stack():
             import nncf
             from nncf.quantization import advanced_parameters as advanced
             from nncf.quantization.range_estimator import RangeEstimatorParametersSet

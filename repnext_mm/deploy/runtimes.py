@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.reading import read_checkpoint
+from .openvino_core import openvino_core
 
 #: The key under which every artifact carries its metadata, as one JSON string.
 METADATA_KEY = 'repnext_mm'
@@ -233,7 +234,7 @@ class OpenVINOArtifact(Artifact):
     def load(
         self, threads: int | None, precision: str | None, providers: Sequence[str] | None
     ) -> None:
-        ov = _import(self)
+        _import(self)
         precision = precision or 'f32'
         if precision not in ('f32', 'bf16', 'f16'):
             raise ArtifactError(
@@ -246,7 +247,7 @@ class OpenVINOArtifact(Artifact):
         }
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
-        core = ov.Core()
+        core = openvino_core()
         model = core.read_model(self.path)
         _check_inputs(self, [i.any_name if i.names else str(n) for n, i in enumerate(model.inputs)])
         self.input_shape = tuple(
