@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import tool_runs
@@ -17,8 +18,10 @@ from torch import nn
 
 from repnext_mm import optimize
 from repnext_mm.layers import GELU, depthwise_conv
-from repnext_mm.layers.forms import is_channels_last
+from repnext_mm.layers.depthwise import BranchedDepthwise
+from repnext_mm.layers.forms import configure, is_channels_last
 from repnext_mm.layers.norm_folding import separate
+from repnext_mm.layers.repconv import MEDIUM
 
 NETWORKS = pytest.mark.parametrize('name', TINY)
 MODES = pytest.mark.parametrize('mode', ['train', 'norm_eval', 'eval', 'frozen'])
@@ -229,6 +232,22 @@ def test_optimize_compiles_in_place_and_keeps_the_state_dict():
     assert [*model.state_dict()] == keys
     for key, value in grads(model, x).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize('form, convolutions', [('merged', 1), ('branches', 7)])
+def test_compilers_get_the_form_that_was_asked_for(form: str, convolutions: int) -> None:
+    torch._dynamo.reset()
+    layer = BranchedDepthwise(8, MEDIUM)
+    configure(layer, train_form=form)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(layer, backend=record, fullgraph=True)(torch.randn(1, 8, 16, 16))
+    called = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum('conv2d' in name for name in called) == convolutions
 
 
 @pytest.mark.slow

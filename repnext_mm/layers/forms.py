@@ -41,6 +41,8 @@ def configure(network: nn.Module, **settings: Any) -> None:
 
 def is_exporting() -> bool:
     """Whether operations are written down for a file, by torch.export or by tracing."""
+    if torch.compiler.is_dynamo_compiling():  # in which `is_exporting` always answers True
+        return False
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return tracing or torch.compiler.is_exporting()
 
