@@ -15,6 +15,8 @@ from rich.console import Console
 
 from ..engine.errors import run_tool
 from ..reparam import PLANS
+from ..timing import tables
+from ..timing.rounds import Schedule
 from . import bench
 from .calibration import ENOUGH_IMAGES
 from .check import check_folder
@@ -237,7 +239,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _export_model(args: argparse.Namespace) -> None:
-    from .whole_model import save_whole_model  # which needs mmdet or mmseg
+    from .whole_model import save_whole_model, time_whole_model  # which need mmdet or mmseg
 
     if args.format not in (None, 'pth'):
         raise UsageError(
@@ -253,8 +255,16 @@ def _export_model(args: argparse.Namespace) -> None:
     weights, config = save_whole_model(
         args.model, args.checkpoint, folder, args.plan, force=args.force
     )
+    result: dict[str, Any] = {'weights': str(weights), 'config': str(config)}
+    if args.bench:
+        (size, *_), trained = args.size, (args.model, args.checkpoint)
+        result['bench'] = time_whole_model(
+            trained, (weights, config), size, threads=args.threads, schedule=_schedule(args)
+        )
+        title = f'One prediction at {size[0]}x{size[1]}, PyTorch on the CPU'
+        tables.show(result['bench'], title, _log(args))
     if args.json:
-        print(json.dumps({'weights': str(weights), 'config': str(config)}))
+        print(json.dumps(result))
     elif not args.quiet:
         print(
             f'Wrote {shown(weights)} and {shown(config)}; '
@@ -270,11 +280,18 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _time(args: argparse.Namespace, report: Report, log: Console) -> None:
-    schedule = replace(bench.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
     for measured in bench.bench_report(
-        report, threads=args.threads, compiled=not args.no_compile, schedule=schedule, log=log
+        report,
+        threads=args.threads,
+        compiled=not args.no_compile,
+        schedule=_schedule(args),
+        log=log,
     ):
         bench.show(measured, log)
+
+
+def _schedule(args: argparse.Namespace) -> Schedule:
+    return replace(bench.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
 
 
 def _explain(args: argparse.Namespace) -> None:

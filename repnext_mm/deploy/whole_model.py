@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 from ..backbones.pyramid import PyramidBackbone
@@ -24,9 +25,13 @@ from ..engine.errors import UserError
 from ..engine.resume import require_fit
 from ..reparam import reparameterize
 from ..reparam.plans import INEXACT, Plan, check_plan
+from ..timing.rounds import CallRunner, Schedule, compare
+from ..timing.tables import record
 from ..version import __version__
+from .bench import SCHEDULE
 from .errors import ModelError, UsageError
 from .folders import disk_errors, make_folder, partial_folder, place
+from .parity import noise
 from .runtimes import METADATA_KEY
 
 
@@ -114,6 +119,49 @@ def derived_config(cfg: Config, plan: Plan) -> Config:
     for key in ('work_dir', 'launcher'):  # of this run
         derived.pop(key, None)
     return derived
+
+
+def time_whole_model(
+    trained: tuple[str | Path, str | Path],
+    fused: tuple[str | Path, str | Path],
+    size: tuple[int, int] = (512, 512),
+    *,
+    threads: int | None = None,
+    schedule: Schedule = SCHEDULE,
+) -> dict[str, Any]:
+    """Time one prediction of a trained model and of its fused form, in PyTorch on the CPU.
+
+    The image `(1, 3, *size)` is noise, and the same for both; preprocessing is left out.
+
+    Args:
+        trained: Config and checkpoint that `save_whole_model` was given.
+        fused: Checkpoint and config that it returned.
+
+    Returns:
+        A comparison, times in ms, as `repnext_mm.timing.tables.show` takes it.
+    """
+    models = {
+        'trained': _load(load_config(str(trained[0]), {}, None, 'none'), str(trained[1]))[0],
+        'fused': _load(load_config(str(fused[1]), {}, None, 'none'), str(fused[0]))[0],
+    }
+    image = noise((1, 3, *size), seed=0)
+    about = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+
+    def predict(model: nn.Module) -> CallRunner:
+        @torch.inference_mode()
+        def run() -> Any:
+            sample = BaseDataElement(metainfo={**about, 'scale_factor': (1.0, 1.0)})
+            return model(image, [sample], mode='predict')
+
+        return CallRunner(run)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        runners = {name: predict(model) for name, model in models.items()}
+        return record(compare(runners, predict(copy.deepcopy(models['trained'])), schedule))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
