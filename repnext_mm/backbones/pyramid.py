@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.forms import TRAIN_FORMS, TrainForm, configure, is_channels_last, runs_eagerly
+from ..layers.forms import TRAIN_FORMS, TrainForm, configure, is_channels_last, is_exporting
 from ..layers.metanext import Stage
 from ..reparam.fusion import FusionReport, fuse_backbone
 from ..reparam.plans import INEXACT, Plan, deploy_plan
@@ -40,7 +40,7 @@ class PyramidBackbone(BaseModule):
         save_memory: Recompute activations and other cheap results in backward instead of
             keeping them; saves less than `with_cp`, and costs little time.
         channels_last: Compute in this memory format; the outputs come in the format that the
-            image has. None: where it was shown to be faster, on CPUs in eager mode.
+            image has. None: where it was shown to be faster, on CPUs.
         deploy: Build the fused form: True for plan 'exact', or a plan's name. It loads what
             `reparameterize` with that plan produced.
         init_cfg: As in MMEngine. `dict(type='Pretrained', checkpoint=...)` takes a published
@@ -143,7 +143,7 @@ class PyramidBackbone(BaseModule):
     def _computes_channels_last(self, x: Tensor) -> bool:
         if self.channels_last is not None:
             return self.channels_last
-        return self.train_form == 'merged' and x.device.type == 'cpu' and runs_eagerly()
+        return self.train_form == 'merged' and x.device.type == 'cpu' and not is_exporting()
 
     def init_weights(self) -> None:
         """Initialise as MMEngine does; `Pretrained` goes through this package's safe loader.
