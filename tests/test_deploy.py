@@ -256,6 +256,7 @@ def test_512_by_512(tmp_path: Path) -> None:
         ('repnext_m0 --preprocess embed', 2, '--preprocess embed needs a config whose data_pre'),
         ('repnext_m0 --scope model --format onnx', 2, '--scope model is for --format pth'),
         ('repnext_m0 --scope model', 2, '--scope model needs the config of a training and its'),
+        ('a.py a.pth --scope model --bench --size 64,128', 2, '--bench times one size; give'),
         ('repnext_m0 --plan best', 2, "invalid choice: 'best'"),
         ('repnext_m0 --parity-input no.jpg', 2, '--parity-input no.jpg is no readable image'),
         ('', 2, 'the following arguments are required'),

@@ -249,6 +249,8 @@ def _export_model(args: argparse.Namespace) -> None:
         )
     if args.plan == 'auto':
         raise UsageError('--plan auto is for --scope backbone; name a plan for the whole model.')
+    if args.bench and len(args.size) > 1:
+        raise UsageError('--scope model --bench times one size; give --size one, such as 512.')
     if not args.model.endswith('.py') or args.checkpoint is None:
         raise UsageError('--scope model needs the config of a training and its checkpoint.')
     folder = args.work_dir or Path('work_dirs', 'deploy', Path(args.model).stem)
@@ -257,7 +259,7 @@ def _export_model(args: argparse.Namespace) -> None:
     )
     result: dict[str, Any] = {'weights': str(weights), 'config': str(config)}
     if args.bench:
-        (size, *_), trained = args.size, (args.model, args.checkpoint)
+        (size,), trained = args.size, (args.model, args.checkpoint)
         result['bench'] = time_whole_model(
             trained, (weights, config), size, threads=args.threads, schedule=_schedule(args)
         )
