@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - mm's transforms draw from it
     torch.manual_seed(0)
 
 

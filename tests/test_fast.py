@@ -224,14 +224,14 @@ def test_optimize_sets_every_backbone_and_refuses_other_models():
 
 def test_optimize_compiles_in_place_and_keeps_the_state_dict():
     torch._dynamo.reset()
-    model = tiny('repnext_m')
+    model = tiny('repnext_m').double()
     keys = [*model.state_dict()]
-    x = image(model)
+    x = image(model, dtype=torch.float64)
     expected = grads(model, x)
     optimize(model, compile=dict(backend='aot_eager', fullgraph=True))
     assert [*model.state_dict()] == keys
     for key, value in grads(model, x).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3, msg=key)
+        torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-8, msg=key)
 
 
 @pytest.mark.parametrize('form, convolutions', [('merged', 1), ('branches', 7)])
@@ -287,6 +287,10 @@ def test_detectors_and_segmentors_train_alike_in_every_form(scope, method, tmp_p
         cfg.model.backbone.update(train_form='merged', save_memory=False)
         cfg.model.backbone.update(options)
         model = build(cfg).train()
+        # The heads have kinks (ReLU, NMS, the L1 loss) where the last bit of a feature decides a
+        # gradient, so the backbone gives them bits that do not depend on its form.
+        model.backbone.double().register_forward_pre_hook(lambda _, args: (args[0].double(),))
+        model.backbone.register_forward_hook(lambda _, args, out: tuple(x.float() for x in out))
         state = state or copy.deepcopy(model.state_dict())
         model.load_state_dict(state)
         torch.manual_seed(0)
@@ -295,5 +299,5 @@ def test_detectors_and_segmentors_train_alike_in_every_form(scope, method, tmp_p
         loss.backward()
         backbone = dict(model.backbone.named_parameters())
         losses[form] = loss.item(), backbone['stem.stem.0.conv.weight'].grad.norm().item()
-    assert losses['default'] == pytest.approx(losses['published'], rel=1e-3)
-    assert losses['saving'] == pytest.approx(losses['default'], rel=1e-5)
+    assert losses['default'] == pytest.approx(losses['published'], rel=1e-6)
+    assert losses['saving'] == pytest.approx(losses['default'], rel=1e-6)

@@ -194,11 +194,12 @@ def test_compiles_and_stays_equal():
     x = torch.randn(1, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    model.train()
+    # Batch statistics of few pixels magnify rounding, so gradients are compared in float64.
+    model, x = model.train().double(), x.double()
     expected = grads(model, x)
     for key, g in grads(torch.compile(model, fullgraph=True, backend='aot_eager'), x).items():
         key = key.removeprefix('_orig_mod.')
-        torch.testing.assert_close(g, expected[key], rtol=1e-3, atol=1e-3, msg=key)
+        torch.testing.assert_close(g, expected[key], rtol=1e-8, atol=1e-8, msg=key)
 
 
 @NETWORKS
