@@ -149,7 +149,7 @@ def test_reduced_precision(dtype: str, tmp_path: Path) -> None:
         assert all(low < row['sqnr_db'] < high for row in rows), (name, rows)
 
 
-@pytest.mark.parametrize('family', [name for name in FAMILIES if name != 'recnext_l_share'])
+@pytest.mark.parametrize('family', FAMILIES)
 def test_open_height_and_width(family: str, tmp_path: Path) -> None:
     model = source(family)
     names = ['onnx', 'openvino'] + (['pth', 'pt2', 'torchscript'] if family == 'recnext_m' else [])
