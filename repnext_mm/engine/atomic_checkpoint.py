@@ -40,7 +40,7 @@ class AtomicLocalBackend(LocalBackend):
         self.put(obj.encode(encoding), filepath)
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)  # replaces its stand-in of `lazy`
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, safe against a kill in the middle of its work.
 
