@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS
 
+from . import atomic_files  # noqa: F401  registers its file backend
 from .checkpoints.safe_globals import allow_mmengine_checkpoints
 from .lazy import lazy_attributes, register_lazily
 

@@ -20,7 +20,8 @@ from blocking import block
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from repnext_mm import __version__, doctor
+from repnext_mm import __version__
+from repnext_mm_cli import doctor
 
 REPO = Path(__file__).resolve().parent.parent
 PYTHONS = ('3.10', '3.11', '3.12')

@@ -330,7 +330,9 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
         [*get, '--no-deps', '--force-reinstall', 'opencv-python-headless'],
     )
     try:
-        steps.run('check that all of it works together', [str(python), '-m', 'repnext_mm.doctor'])
+        steps.run(
+            'check that all of it works together', [str(python), '-m', 'repnext_mm_cli', 'doctor']
+        )
     finally:
         print(read(logs / f'{steps.done}.log'), flush=True)
     write_stamp(venv, stamp)
