@@ -97,6 +97,8 @@ def show(pattern: str, as_json: bool) -> None:
     ):
         if records:
             console.print(table(records, title, columns))
+    if found['configs']:
+        console.print(f'The configs are in {FOLDER}.', highlight=False, soft_wrap=True)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -108,9 +110,9 @@ def matches(pattern: str, name: str) -> bool:
 
 def table(records: list[Record], title: str, columns: Columns) -> Table:
     """A row for each record, in columns of published figures."""
-    shown = Table(title, caption='published figures', caption_justify='left')
+    shown = Table(title)
     for column in columns.values():
-        shown.add_column(column, justify='right')
+        shown.add_column(f'{column}, published', justify='right')
     for record in records:
         shown.add_row(record['name'], *(str(record['published'].get(key, '-')) for key in columns))
     return shown

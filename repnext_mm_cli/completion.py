@@ -15,22 +15,18 @@ HINTS = {
 }
 
 #: Arguments by name and what completes them.
-FILES = ('checkpoint', 'resume', 'backbone', 'artifacts', 'artifact', 'parity_input')
+FILES = ('checkpoint', 'resume', 'backbone', 'artifacts', 'parity_input')
 FOLDERS = ('work_dir', 'show_dir', 'data_root', 'folder')
-CONFIGS = ('config', 'model', 'calib')
-CONFIG_FUNCTION = '_repnext_mm_configs'
-PREAMBLES = {
-    'bash': """
-{function}() {{
-  compgen -W "{names}" -- "$1"
-  _shtab_compgen_files "$1"
-}}
-""",
-    'zsh': """
-{function}() {{
-  _alternative 'configs:config:({names})' 'files:file:_files'
-}}
-""",
+NAMES = {
+    'config': '_repnext_mm_configs',
+    'calib': '_repnext_mm_configs',
+    'model': '_repnext_mm_models',
+    'arch': '_repnext_mm_networks',
+}
+#: A shell function that completes names, and files.
+FUNCTIONS = {
+    'bash': '{function}() {{ compgen -W "{names}" -- "$1"; _shtab_compgen_files "$1"; }}',
+    'zsh': "{function}() {{ _alternative 'names:name:({names})' 'files:file:_files' }}",
 }
 
 
@@ -52,6 +48,7 @@ def script(shell: str) -> str:
     import shtab
 
     from repnext_mm.configs import config_names
+    from repnext_mm.model_list import networks
 
     root = parser()
     root.usage = None  # shtab writes its own
@@ -66,9 +63,18 @@ def script(shell: str) -> str:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.dest in FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.dest in CONFIGS:
-            action.complete = dict.fromkeys(SHELLS, CONFIG_FUNCTION)  # type: ignore[attr-defined]
-    preamble = PREAMBLES[shell].format(function=CONFIG_FUNCTION, names=' '.join(config_names()))
+        elif action.dest in NAMES:
+            action.complete = dict.fromkeys(SHELLS, NAMES[action.dest])  # type: ignore[attr-defined]
+    configs, archs = config_names(), [record['name'] for record in networks()]
+    functions = {
+        '_repnext_mm_configs': configs,
+        '_repnext_mm_networks': archs,
+        '_repnext_mm_models': [*archs, *configs],
+    }
+    preamble = '\n'.join(
+        FUNCTIONS[shell].format(function=function, names=' '.join(names))
+        for function, names in functions.items()
+    )
     return shtab.complete(root, shell, preamble=preamble)
 
 
