@@ -18,6 +18,7 @@ from conftest import REPO
 
 import repnext_mm_cli
 from repnext_mm import configs, model_list
+from repnext_mm.deploy.source import load_source
 from repnext_mm.engine.config_file import find_config
 from repnext_mm.engine.errors import UserError
 from repnext_mm.published_results import published_results
@@ -131,6 +132,13 @@ def test_a_folder_of_the_same_name_does_not_hide_a_config(
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'mask_rcnn_repnext_m4_coco').mkdir()
     assert find_config('mask_rcnn_repnext_m4_coco').parent == configs.FOLDER
+
+
+def test_deploy_takes_the_name_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = load_source('semantic_fpn_repnext_m0_ade20k')
+    assert source.config == source.name == 'semantic_fpn_repnext_m0_ade20k'
+    assert load_source('repnext_m0').config is None
 
 
 @pytest.mark.parametrize(
