@@ -299,6 +299,15 @@ def test_completion_knows_every_command(scripts: Path) -> None:
     assert completion.command_parser('train').prog == 'repnext-mm train'
 
 
+def test_completion_says_what_it_leaves_out(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, 'absent', ('repnext_mm_absent:main', 'is not there'))
+    assert completion.command_parser('absent') is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('warning: without the options of repnext-mm absent: No module named')
+
+
 def test_completion_of_an_unknown_shell(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match='2'):
         main(['completion', 'fish'])
