@@ -334,7 +334,7 @@ def test_inputs_that_are_not_contiguous(name: str, device: str) -> None:
     ],
 )
 def test_same_gradients_in_every_run(name: str, device: str) -> None:
-    """As mmengine's randomness=dict(deterministic=True) asks for; also where atomics add on CUDA."""
+    """As mmengine's `deterministic=True` asks for, also where CUDA adds in any order."""
     function, _, tensors, args = CASES[name]()
     tensors, args = to(tensors, device=device), to(args, device=device)
     reference = run(function, tensors, args)

@@ -79,7 +79,9 @@ def softnms(
     first = 0
     while first < count:
         # Boxes change places as in the compiled operator, since places decide between equal scores.
-        best = first + int(score[first:count].argmax())
+        best = first
+        if not np.isnan(score[first]):  # of two boxes without area; nothing compares as better
+            best += int(np.nanargmax(score[first:count]))
         for rows in (table, order):
             rows[..., [first, best]] = rows[..., [best, first]]
         after = slice(first + 1, count)

@@ -63,7 +63,7 @@ class Mmcv:
         if spec is None or not spec.submodule_search_locations:
             return None
         folder = Path(next(iter(spec.submodule_search_locations)))
-        names = []
+        names, version = [], ''
         for name in DISTRIBUTIONS:
             try:
                 distribution = metadata.distribution(name)
@@ -71,8 +71,9 @@ class Mmcv:
                 continue
             # One of an outer environment is hidden by this one.
             if Path(str(distribution.locate_file('mmcv'))).resolve() == folder.resolve():
-                names.append(distribution.metadata['Name'])
-        return cls(folder, _version_of(folder), tuple(names))
+                names.append(name)
+                version = distribution.version
+        return cls(folder, _version_in(folder) or version or 'of unknown version', tuple(names))
 
     def __str__(self) -> str:
         return f'{self.distributions[0] if self.distributions else "mmcv"} {self.version}'
@@ -133,13 +134,14 @@ class Mmcv:
         )
 
 
-def _version_of(folder: Path) -> str:
+def _version_in(folder: Path) -> str | None:
+    """The version that mmcv's files state, which may be computed when they are imported."""
     try:
         text = (folder / 'version.py').read_text(encoding='utf-8')
     except OSError:
-        return 'of unknown version'
+        return None
     found = re.search(r'^__version__\s*=\s*[\'"]([^\'"]+)', text, re.MULTILINE)
-    return found[1] if found else 'of unknown version'
+    return found and found[1]
 
 
 def first_line(error: BaseException) -> str:
@@ -164,33 +166,30 @@ def describe() -> Operators:
     mmcv = Mmcv.find()
     if mmcv is None:
         return Operators('none', problem=f'mmcv is not installed: `pip install {LITE}`.')
-    if mmcv.damage():
+    if mmcv.missing_parts():
         return Operators('none', problem=mmcv.damage())
     try:
         used = importlib.import_module(EXT)
     except Exception as error:
-        return Operators('none', problem=explain(error) or first_line(error))
+        return Operators('none', problem=explain(error) or f'{first_line(error)}.')
     import torch
 
-    from . import ext
-
     cuda = f'CUDA {used.get_compiling_cuda_version()}'
-    if used.get_compiler_version is not ext.get_compiler_version:
-        return Operators(
-            'compiled',
-            f'{mmcv} with its compiled operators ({used.get_compiler_version()}, {cuda}), '
-            f'torch {torch.__version__}.',
-        )
-    text = f'{mmcv} with the operators of torchvision {ext.TORCHVISION} ({cuda})'
-    problem = ''
+    compiler = used.get_compiler_version()
+    after = f', torch {torch.__version__}.'
+    if used.get_compiler_version.__module__ != f'{__package__}.ext':
+        text = f'{mmcv} with its compiled operators ({compiler}, {cuda}){after}'
+        return Operators('compiled', text, mmcv.damage())
+    text = f'{mmcv} with the operators of {compiler.split(" (")[0]} ({cuda}){after}'
+    problem = mmcv.damage()
     if torch.version.cuda and 'not available' in cuda:
         problem = (
-            f'torch {torch.__version__} has CUDA and torchvision {ext.TORCHVISION} has not: '
-            'install the torchvision of the index that torch came from.'
+            f'torch {torch.__version__} has CUDA, and its torchvision has not: install the '
+            'torchvision of the index that torch came from.'
         )
     elif mmcv.distributions == ('mmcv',):
         problem = (
             'mmcv was installed without its operators, which is mmcv-lite by another name: '
             f'`pip uninstall -y mmcv && pip install mmcv-lite=={mmcv.version}`.'
         )
-    return Operators('torchvision', f'{text}, torch {torch.__version__}.', problem)
+    return Operators('torchvision', text, problem)
