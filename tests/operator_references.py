@@ -5,11 +5,27 @@ Shapes and conventions are those of mmcv's Python functions. All tensors are flo
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import sys
 
+import pytest
 import torch
 from torch import Tensor
+
+from repnext_mm.operators import ext
+
+
+def use_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our operators in all files of mmcv.ops, also where mmcv has compiled ones."""
+    importlib.import_module('mmcv.ops')
+    patched = [
+        monkeypatch.setattr(module, 'ext_module', ext)
+        for name, module in list(sys.modules.items())
+        if name.startswith('mmcv.ops.') and hasattr(module, 'ext_module')
+    ]
+    assert len(patched) > 10
 
 
 def hat(position: Tensor, length: int) -> Tensor:

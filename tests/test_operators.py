@@ -31,12 +31,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Our operators in all of mmcv's files, also where mmcv has compiled ones; float64."""
-    from repnext_mm.operators import ext
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith('mmcv.ops.') and hasattr(module, 'ext_module'):
-            monkeypatch.setattr(module, 'ext_module', ext)
+    """Our operators, seeded random numbers, and float64 unless told otherwise."""
+    plain.use_ours(monkeypatch)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
