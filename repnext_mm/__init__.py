@@ -2,7 +2,10 @@
 
 import sys
 
+from . import operators
 from .version import __version__
+
+operators.activate()
 
 # `python -m repnext_mm.doctor` must start where torch or mmengine do not import.
 if 'repnext_mm.doctor' not in sys.orig_argv:
