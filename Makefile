@@ -40,7 +40,7 @@ lint: install ## ruff and mypy
 	$(VENV)/bin/mypy
 
 doctor: ## say what works together here, and how to mend what does not
-	$(VENV)/bin/python -m repnext_mm.doctor
+	$(VENV)/bin/python -m repnext_mm_cli doctor
 
 clean: ## remove both virtual environments and the caches
 	rm -rf .venv .venv-* .venv.lock .mypy_cache .pytest_cache .ruff_cache

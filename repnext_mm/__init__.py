@@ -1,35 +1,36 @@
 """RepNeXt, RecNeXt and InceptionNeXt as MMEngine backbones: train, fuse, deploy."""
 
-import sys
+from typing import TYPE_CHECKING
+
+import torch
 
 from . import operators
 from .version import __version__
 
 operators.activate()
 
-# `python -m repnext_mm.doctor` must start where torch or mmengine do not import.
-if 'repnext_mm.doctor' not in sys.orig_argv:
-    try:
-        import mmengine  # noqa: F401
-    except ModuleNotFoundError as error:
-        # Not in install_requires, as two distributions provide it.
-        raise ModuleNotFoundError(
-            f'repnext_mm cannot import mmengine ({error}): `pip install mmengine` or '
-            '`pip install onedl-mmengine`, whichever your other OpenMMLab packages come from; '
-            '`python -m repnext_mm.doctor` checks the rest.',
-            name=error.name,
-        ) from error
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    # Not in install_requires, as two distributions provide it.
+    raise ModuleNotFoundError(
+        f'repnext_mm cannot import mmengine ({error}): `pip install mmengine` or '
+        '`pip install onedl-mmengine`, whichever your other OpenMMLab packages come from; '
+        '`repnext-mm doctor` checks the rest.',
+        name=error.name,
+    ) from error
 
-    from . import engine  # noqa: F401  registers its checkpoint hook and CPU wrapper
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS
+
+from . import atomic_files  # noqa: F401  registers its file backend
+from .checkpoints.safe_globals import allow_mmengine_checkpoints
+from .lazy import lazy_attributes, register_lazily
+
+if TYPE_CHECKING:
     from .backbones import InceptionNeXt, RecNeXt, RepNeXt
-    from .checkpoints.safe_globals import allow_mmengine_checkpoints
     from .deploy.exported_backbone import ExportedBackbone
-    from .optimize import optimize
+    from .optimization import optimize
     from .reparam import prove, reparameterize
-
-    # mmengine reads its own checkpoints with torch's safe default, which needs to know their
-    # classes.
-    allow_mmengine_checkpoints()
 
 __all__ = [
     'ExportedBackbone',
@@ -41,3 +42,33 @@ __all__ = [
     'prove',
     'reparameterize',
 ]
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        'ExportedBackbone': '.deploy.exported_backbone',
+        'InceptionNeXt': '.backbones',
+        'RecNeXt': '.backbones',
+        'RepNeXt': '.backbones',
+        'optimize': '.optimization',
+        'prove': '.reparam',
+        'reparameterize': '.reparam',
+    },
+)
+
+for _name in ('InceptionNeXt', 'RecNeXt', 'RepNeXt'):
+    register_lazily(MODELS, _name, '.backbones')
+register_lazily(MODELS, 'ExportedBackbone', '.deploy.exported_backbone')
+register_lazily(HOOKS, 'AtomicCheckpointHook', '.engine.atomic_checkpoint')
+register_lazily(HOOKS, 'CompileBackbone', '.engine.compile')
+register_lazily(OPTIM_WRAPPERS, 'PortableAmpOptimWrapper', '.engine.amp')
+register_lazily(
+    MODEL_WRAPPERS,
+    'CPUDistributedDataParallel',
+    '.engine.device',
+    # MMEngine's runner asks whether a wrapper is one, to set its device ids.
+    base=torch.nn.parallel.DistributedDataParallel,
+)
+
+# mmengine reads its own checkpoints with torch's safe default, which needs to know their classes.
+allow_mmengine_checkpoints()

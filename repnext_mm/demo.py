@@ -16,9 +16,10 @@ from mmengine.runner import load_checkpoint
 
 from .datasets import shapes
 from .engine.cli import train_main
+from .engine.config_file import find_config
 from .engine.errors import UserError, run_tool
+from .program import program
 
-CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 PICTURED = 8  # images of val, the first ones: nothing is picked
 
 
@@ -67,8 +68,9 @@ QUICK_SPEC = shapes.Spec(train=16, val=4)
 
 
 def demo_main(argv: Sequence[str] | None = None) -> int:
-    """Command line of tools/demo.py; returns the exit code."""
+    """Command line of `repnext-mm demo`; returns the exit code."""
     parser = argparse.ArgumentParser(
+        prog=program('demo'),
         description='Train RepNeXt-M0 from scratch on the generated sample data set, and show it.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -137,7 +139,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(task: Task, data_root: str, work_dir: Path, quick: bool) -> tuple[Path, Config]:
-    """Run the demo's config as tools/train.py does; returns the last checkpoint and the config."""
+    """Train as `repnext-mm train` does; returns the last checkpoint and the config."""
     options = {
         'data_root': f'{data_root}/{task.sample}',
         'sample_data_root': data_root,
@@ -145,7 +147,7 @@ def _train(task: Task, data_root: str, work_dir: Path, quick: bool) -> tuple[Pat
     }
     code = train_main(
         [
-            str(CONFIGS / task.config),
+            str(find_config(task.config)),
             f'--work-dir={work_dir}',
             '--cfg-options',
             *(f'{key}={value}' for key, value in options.items()),

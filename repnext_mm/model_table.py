@@ -6,10 +6,7 @@ costs are measured on the networks themselves, before and after each fusion plan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from .backbones import InceptionNeXt, PyramidBackbone, RecNeXt, RepNeXt
 from .checkpoints import PUBLISHED
 from .checkpoints.published import names_for
 from .complexity import count_macs, count_parameters
+from .published_results import METHODS, published, top1
 from .reparam.plans import PLANS
 
 FAMILIES: dict[str, type[PyramidBackbone]] = {
@@ -40,50 +38,10 @@ SIZES = (224, 512)
 PUBLISHED_FORM = {'repnext': 'exact', 'recnext': 'exact', 'inception_next': 'training'}
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to train a backbone on a task: how its configs are called, and what is known of it."""
-
-    title: str
-    task: str
-    dataset: str
-    section: str
-    columns: tuple[str, ...]
-
-    @property
-    def suffix(self) -> str:
-        """How the names of its configs end."""
-        return self.dataset.lower()
-
-
-#: By the first part of a config's name.
-METHODS = {
-    'mask_rcnn': Method(
-        'box / mask AP', 'Instance Segmentation', 'COCO', 'coco_mask_rcnn_1x', ('box_AP', 'mask_AP')
-    ),
-    'semantic_fpn': Method(
-        'mIoU, Semantic FPN', 'Semantic Segmentation', 'ADE20K', 'ade20k_semantic_fpn', ('mIoU',)
-    ),
-    'upernet': Method(
-        'mIoU, UPerNet', 'Semantic Segmentation', 'ADE20K', 'ade20k_upernet', ('mIoU',)
-    ),
-}
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
 PENDING, NONE = 'pending', '-'
 
 Record = dict[str, Any]
-
-
-@cache
-def published_results() -> dict[str, dict[str, Any]]:
-    """Published figures by section and model; nothing in it was measured here."""
-    return json.loads((Path(__file__).parent / 'published_results.json').read_text())
-
-
-def published(section: str, model: str) -> dict[str, float | None]:
-    """Published figures of one model by column; empty where there are none."""
-    rows = published_results()[section]
-    return dict(zip(rows['_columns'], rows.get(model, ()), strict=False))
 
 
 def classifier_head(family: str, width: int) -> nn.Module:
@@ -129,7 +87,7 @@ def backbone_record(family: str, arch: str, measured: Record) -> Record:
     """One backbone: its weights, its measured cost, its published figures."""
     cls = FAMILIES[family]
     names = names_for(cls.__name__, arch, fused=False)
-    figures = {k: v for k, v in published('imagenet', f'{family}_{arch}').items() if v is not None}
+    figures = published('imagenet', f'{family}_{arch}')
     record: Record = {
         'Name': f'{family}_{arch}',
         'In Collection': cls.__name__,
@@ -207,7 +165,7 @@ def _result_cells(models: dict[str, Record], family: str, arch: str) -> dict[str
         'params (M), measured': f'{parameters / 1e6:.2f}',
         'MACs (G), published': str(figures['macs_G_224']),
         'MACs (G), measured': f'{measured["MACs at 224x224"][form] / 1e9:.2f}',
-        'top-1, published': str(figures.get('top1_distill_300e', figures['top1_300e'])),
+        'top-1, published': str(top1(figures)),
     }
     for name, method in METHODS.items():
         config = models.get(f'{name}_{family}_{arch}_{method.suffix}')

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from blocking import block
 
-from repnext_mm import doctor
-from repnext_mm.doctor import Finding, Probe
+from repnext_mm_cli import doctor
+from repnext_mm_cli.doctor import Finding, Probe
 
 REPO = Path(__file__).resolve().parent.parent
 ONEDL = doctor.detect_stack()[0] == 'onedl'
@@ -54,7 +54,7 @@ def examine(*packages: str) -> dict[str, Finding]:
 @pytest.mark.slow
 @pytest.mark.compat
 def test_says_that_this_environment_is_sound() -> None:
-    command = [sys.executable, '-m', 'repnext_mm.doctor']
+    command = [sys.executable, '-m', 'repnext_mm_cli', 'doctor']
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert run.returncode == 0, run.stdout + run.stderr
     assert 'FAIL' not in run.stdout
@@ -65,7 +65,7 @@ def test_says_that_this_environment_is_sound() -> None:
 
 def test_starts_where_nothing_is_installed(site: Path) -> None:
     block(site, 'torch', 'torchvision', 'timm', 'cv2', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
-    command = [sys.executable, '-m', 'repnext_mm.doctor']
+    command = [sys.executable, '-m', 'repnext_mm_cli', 'doctor']
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert run.returncode == 1
     assert run.stderr == ''

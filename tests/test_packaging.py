@@ -6,7 +6,6 @@ import ast
 import configparser
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from repnext_mm import __version__, doctor
+from repnext_mm import __version__
+from repnext_mm_cli import doctor
 
 REPO = Path(__file__).resolve().parent.parent
 #: For which Pythons each stack's file has exact versions.
@@ -30,6 +30,7 @@ STACKS = {
     'onedl': ('constraints-onedl.txt', ('3.11',)),
 }
 CASES = [(stack, python) for stack, (_, pythons) in STACKS.items() for python in pythons]
+PACKAGES = ('repnext_mm', 'repnext_mm_cli')
 # Torch pins these itself, exactly and per platform.
 TORCH_CUDA = re.compile(r'nvidia-|cuda-toolkit$')
 
@@ -184,8 +185,9 @@ def imported_modules(folder: Path) -> dict[str, Path]:
 def test_every_import_is_declared(setup_cfg: configparser.ConfigParser) -> None:
     named = {canonicalize_name(r.name) for _, r in declared(setup_cfg)}
     providers = metadata.packages_distributions()
-    for module, path in imported_modules(REPO / 'repnext_mm').items():
-        if module in sys.stdlib_module_names or module == 'repnext_mm':
+    imported = [imported_modules(REPO / package) for package in PACKAGES]
+    for module, path in (item for found in imported for item in found.items()):
+        if module in sys.stdlib_module_names or module in PACKAGES:
             continue
         assert {canonicalize_name(d) for d in providers.get(module, [])} & named, (
             f'{path.relative_to(REPO)} imports {module}, which setup.cfg does not name'
@@ -216,36 +218,6 @@ print([tuple(level.shape) for level in ours.unsqueeze(0)])
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == '[(1, 320, 2, 2)]'
-
-
-@pytest.mark.slow
-def test_installs_whole_with_pip(tmp_path: Path) -> None:
-    """The package as built for others, from the files that git knows."""
-    tracked = [REPO / name for name in git('ls-files').splitlines()]
-    source, target = tmp_path / 'source', tmp_path / 'target'
-    for path in filter(Path.is_file, tracked):
-        copy = source / path.relative_to(REPO)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    (source / 'README.md').touch()
-    pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation']
-    run = subprocess.run(
-        [*pip, '--no-index', '--target', target, source], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    for path in (source / 'repnext_mm').rglob('*'):
-        if path.is_file() and '__pycache__' not in path.parts:
-            assert (target / path.relative_to(source)).is_file(), f'{path.name} was left out'
-    (info,) = metadata.distributions(name='repnext_mm', path=[str(target)])
-    assert info.version == __version__
-    assert info.metadata['License-Expression'] or info.metadata['License'] == 'Apache-2.0'
-    code = 'import repnext_mm; print(repnext_mm.__file__)'
-    env = {**os.environ, 'PYTHONPATH': str(target)}
-    run = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()).is_relative_to(target)
 
 
 @pytest.mark.parametrize(

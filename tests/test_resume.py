@@ -20,7 +20,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
-from repnext_mm.engine.atomic_checkpoint import AtomicLocalBackend
+from repnext_mm.atomic_files import AtomicLocalBackend
 from repnext_mm.engine.resume import (
     SkipSeenData,
     checkpoints_newest_first,

@@ -17,6 +17,7 @@ from conftest import REPO
 from PIL import Image
 from tool_runs import CONFIGS, FOLDERS, options
 
+from repnext_mm.configs import look_up
 from repnext_mm.engine.cli import evaluate_main as evaluate
 from repnext_mm.engine.cli import train_main as train
 
@@ -234,14 +235,14 @@ def test_traceback_on_request(
             'mask_rcnn_repnext_m0_coco.py',
             'data/coco',
             'annotations/instances_train2017.json in COCO format, and its images in train2017/',
-            'configs/mask_rcnn_repnext_m0_shapes.py',
+            'mask_rcnn_repnext_m0_shapes',
         ),
         (
             'semantic_fpn_repnext_m0_ade20k.py',
             'data/ade/ADEChallengeData2016',
             'images images/training/*.jpg and label maps of the same names '
             'annotations/training/*.png',
-            'configs/semantic_fpn_repnext_m0_shapes.py',
+            'semantic_fpn_repnext_m0_shapes',
         ),
     ],
 )
@@ -252,7 +253,7 @@ def test_no_data(
     assert f'no data at {looked_in} (looked in {tmp_path / looked_in})' in sentence
     assert layout in sentence
     assert sentence.endswith(f'python tools/train.py {sample}')
-    assert (REPO / sample).is_file()
+    assert look_up(sample)
 
 
 def test_data_root_that_lacks_a_part(fails: Callable, own_shapes: Path) -> None:

@@ -368,7 +368,9 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
     steps.run(title, [*get, *wheels, '--editable', f'{ROOT}[{stack},deploy,dev]'])
     settle_opencv(steps, python, get)
     try:
-        steps.run('check that all of it works together', [str(python), '-m', 'repnext_mm.doctor'])
+        steps.run(
+            'check that all of it works together', [str(python), '-m', 'repnext_mm_cli', 'doctor']
+        )
     finally:
         print(read(logs / f'{steps.done}.log'), flush=True)
     write_stamp(venv, stamp)

@@ -128,7 +128,7 @@ def _row(channels: tuple[int, ...], depths: tuple[int, ...], **extra: Any) -> di
     return dict(channels=channels, depths=depths, **extra)
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # replaces its stand-in of `lazy`
 class InceptionNeXt(PyramidBackbone):
     """InceptionNeXt atto, tiny, small and base as a feature pyramid.
 

@@ -72,7 +72,7 @@ _B = _S | dict(depths=(2, 8, 8, 12))
 _SHARE = dict(token_mixer=dict(share_channel=True))
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # replaces its stand-in of `lazy`
 class RecNeXt(PyramidBackbone):
     """RecNeXt M0 to M5, A0 to A5, and T, S, B with and without shared channels, as a pyramid.
 

@@ -22,7 +22,7 @@ def _row(width: int, depths: tuple[int, ...], **extra: Any) -> dict[str, Any]:
     return dict(channels=tuple(width * 2**i for i in range(4)), depths=depths, **extra)
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # replaces its stand-in of `lazy`
 class RepNeXt(PyramidBackbone):
     """RepNeXt M0 to M5, and the single-branch M0E to M2E, as a feature pyramid.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import backbones
 from ..backbones.pyramid import PyramidBackbone
 from ..reparam.plans import PLANS, Plan
 from .errors import CheckpointError
@@ -155,6 +156,8 @@ def network_shapes(
 
 def families(base: type[PyramidBackbone] = PyramidBackbone) -> Iterator[type[PyramidBackbone]]:
     """The families of this package and of whoever builds on it."""
+    for name in backbones.__all__:
+        getattr(backbones, name)  # imports the family
     for family in base.__subclasses__():
         if hasattr(family, 'arch_zoo'):
             yield family

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..configs import is_config_name
 from .errors import UsageError
 from .exporters import Preprocess
 
@@ -111,7 +112,7 @@ def calibration_images(
     """The images of a folder, or of the data set of a config.
 
     Args:
-        source: A folder, searched in depth, or a config file (.py).
+        source: A folder, searched in depth, or a config.
         size: H and W that the artifact takes.
         preprocess: None takes the config's `data_preprocessor`, and for a folder `IMAGENET`.
         limit: At most so many.
@@ -123,14 +124,14 @@ def calibration_images(
     """
     path = Path(source)
     images: CalibrationImages
-    if path.suffix == '.py':
+    if not path.is_dir() and is_config_name(str(path)):
         dataset, own = _dataset(path, options or {})
         images = DatasetImages(dataset, size, preprocess or own, limit)
     elif path.is_dir():
         images = FolderImages(path, size, preprocess or IMAGENET, limit)
     else:
         raise UsageError(
-            f'--calib {source} is neither a folder of images nor a config (.py); int8 is '
+            f'--calib {source} is neither a folder of images nor a config; int8 is '
             'calibrated on images like those it will see, never on random numbers.'
         )
     check_count(len(images), str(source))

@@ -1,4 +1,4 @@
-"""What tools/deploy.py does."""
+"""What `repnext-mm deploy` does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from ..configs import is_config_name
 from ..engine.errors import run_tool
+from ..program import command, program
 from ..reparam import PLANS
 from ..timing import tables
 from ..timing.rounds import Schedule
@@ -36,7 +38,7 @@ WIDTH = 200
 
 
 def deploy_main(argv: Sequence[str] | None = None) -> int:
-    """Command line of tools/deploy.py; returns the exit code."""
+    """Command line of `repnext-mm deploy`; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbs = {
         'export': _export,
@@ -62,12 +64,12 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[str]]:
-    defaults = argparse.ArgumentDefaultsHelpFormatter
+    defaults, name = argparse.ArgumentDefaultsHelpFormatter, program('deploy')
     parser = argparse.ArgumentParser(
-        prog='deploy.py',
+        prog=name,
         description='Fuse a backbone, export it, and prove the artifact equal.',
-        epilog='deploy.py MODEL ... is short for deploy.py export MODEL ...; '
-        'deploy.py export --help lists its options.',
+        epilog=f'{name} MODEL ... is short for {name} export MODEL ...; '
+        f'{name} export --help lists its options.',
     )
     subparsers = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
 
@@ -234,9 +236,7 @@ def _export(args: argparse.Namespace) -> None:
     _finish(args, report, log)
     export.raise_failures()
     if not args.json and not args.quiet:
-        print(
-            f'Wrote {shown(folder / JSON_NAME)}; next: python tools/deploy.py check {shown(folder)}'
-        )
+        print(f'Wrote {shown(folder / JSON_NAME)}; next: {command("deploy")} check {shown(folder)}')
 
 
 def _export_model(args: argparse.Namespace) -> None:
@@ -245,14 +245,14 @@ def _export_model(args: argparse.Namespace) -> None:
     if args.format not in (None, 'pth'):
         raise UsageError(
             f'--scope model is for --format pth; in {args.format} there is the backbone alone, '
-            'which mm runs in place with tools/test.py --backbone (for heads in the graph there '
-            'is mmdeploy).'
+            f'which mm runs in place with {command("test")} --backbone (for heads in the graph '
+            'there is mmdeploy).'
         )
     if args.plan == 'auto':
         raise UsageError('--plan auto is for --scope backbone; name a plan for the whole model.')
     if args.bench and len(args.size) > 1:
         raise UsageError('--scope model --bench times one size; give --size one, such as 512.')
-    if not args.model.endswith('.py') or args.checkpoint is None:
+    if not is_config_name(args.model) or args.checkpoint is None:
         raise UsageError('--scope model needs the config of a training and its checkpoint.')
     folder = args.work_dir or Path('work_dirs', 'deploy', Path(args.model).stem)
     weights, config = save_whole_model(
@@ -271,7 +271,7 @@ def _export_model(args: argparse.Namespace) -> None:
     elif not args.quiet:
         print(
             f'Wrote {shown(weights)} and {shown(config)}; '
-            f'next: python tools/test.py {shown(config)} {shown(weights)}'
+            f'next: {command("test")} {shown(config)} {shown(weights)}'
         )
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backbones.pyramid import PyramidBackbone
 from ..checkpoints import CheckpointError, load_pretrained, local_path, read_weights
 from ..checkpoints.matching import find_fit
+from ..configs import is_config_name
 from ..engine.errors import UserError
 from ..model_table import FAMILIES
 from .errors import ModelError
@@ -93,7 +94,7 @@ def _build_source(name: str, alone: bool, out_indices: tuple[int, ...] | None) -
     if name in NAMES:
         family, arch = NAMES[name]
         return Source(name, _build(family, {'arch': arch}, out_indices), 'random')
-    if name.endswith('.py'):
+    if is_config_name(name):
         return _from_config(name, out_indices)
     if name.endswith(WEIGHT_SUFFIXES) and alone:
         return _from_weights(name, out_indices)

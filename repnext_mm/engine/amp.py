@@ -20,7 +20,7 @@ from .errors import UserError
 AMP_DTYPES = ('bfloat16', 'float16')
 
 
-@OPTIM_WRAPPERS.register_module()
+@OPTIM_WRAPPERS.register_module(force=True)  # replaces its stand-in of `lazy`
 class PortableAmpOptimWrapper(AmpOptimWrapper):
     """mmengine's mixed precision without its demand for a GPU.
 

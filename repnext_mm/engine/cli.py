@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py do, for detection and segmentation alike."""
+"""What `repnext-mm train` and `repnext-mm test` do, for detection and segmentation alike."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, ensure_safe
 from ..deploy.exported_backbone import introduce, put_in_place
+from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
 from .data_checks import check_data
@@ -30,8 +31,8 @@ from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Command line of tools/train.py; returns the exit code."""
-    parser = _parser('Train a detector or a segmentor.')
+    """Command line of `repnext-mm train`; returns the exit code."""
+    parser = _parser('train', 'Train a detector or a segmentor.')
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -56,8 +57,8 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
-    """Command line of tools/test.py; returns the exit code."""
-    parser = _parser('Evaluate a checkpoint on the test data of a config.')
+    """Command line of `repnext-mm test`; returns the exit code."""
+    parser = _parser('test', 'Evaluate a checkpoint on the test data of a config.')
     parser.add_argument('checkpoint', help='checkpoint file of a training run')
     parser.add_argument('--show-dir', metavar='DIR', help='also draw the predictions into DIR')
     parser.add_argument(
@@ -100,11 +101,13 @@ class _Options(DictAction):
             parser.error(f'{option_string} takes KEY=VALUE pairs, not {" ".join(values)!r}')
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser(tool: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=program(tool),
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument('config', help='config file, such as configs/mask_rcnn_repnext_m0_coco.py')
+    parser.add_argument('config', help='config file, or a name such as mask_rcnn_repnext_m0_coco')
     parser.add_argument(
         '--work-dir', help='folder for checkpoints and logs (None: work_dirs/<name of the config>)'
     )
@@ -176,11 +179,11 @@ def _train(args: argparse.Namespace) -> None:
         ) from error
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
-    dumped = Path(runner.work_dir, Path(args.config).name)
+    dumped = Path(runner.work_dir, Path(cfg.filename).name)
     if saved:
         _say(
             f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; '
-            f'next: python tools/test.py {_shown(dumped)} {_shown(saved)}'
+            f'next: {command("test")} {_shown(dumped)} {_shown(saved)}'
         )
     else:
         _say(f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint.')
@@ -213,14 +216,14 @@ def _test(args: argparse.Namespace) -> None:
     with keep_results(runner):
         runner.test()
 
-    command = ['python', 'tools/test.py', args.config, args.checkpoint, '--show-dir', 'pictures']
+    arguments = [args.config, args.checkpoint, '--show-dir', 'pictures']
     if args.backbone:
-        command += ['--backbone', *args.backbone]
+        arguments += ['--backbone', *args.backbone]
     results = Path(runner.log_dir, f'{runner.timestamp}.json')
     _say(
         f'Wrote {_shown(results)} and pictures under {_shown(args.show_dir)}.'
         if args.show_dir
-        else f'Wrote {_shown(results)}; next: {shlex.join(command)}'
+        else f'Wrote {_shown(results)}; next: {command("test")} {shlex.join(arguments)}'
     )
 
 
@@ -269,7 +272,7 @@ def import_framework(scope: str | None) -> None:
     except (ImportError, AssertionError) as error:
         raise UserError(
             f'{scope} cannot be used: {" ".join(str(error).split())}; '
-            '`python -m repnext_mm.doctor` says what to install.'
+            '`repnext-mm doctor` says what to install.'
         ) from error
 
 

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)  # replaces its stand-in of `lazy`
 class CompileBackbone(Hook):
     """Runs the model's backbones through `torch.compile`, in training and evaluation.
 
@@ -24,6 +24,6 @@ class CompileBackbone(Hook):
         self.options = options
 
     def before_run(self, runner: Any) -> None:
-        from ..optimize import optimize
+        from ..optimization import optimize
 
         optimize(runner.model, compile=self.options or True)

@@ -8,21 +8,22 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ..configs import config_names, look_up
 from .errors import UserError
 
 SPLITS = ('train', 'val', 'test')
 
 
 def load_config(name: str, options: dict[str, Any], work_dir: str | None, launcher: str) -> Config:
-    """The config in file `name` with `options` merged into it.
+    """The config that `name` means (see `look_up`) with `options` merged into it.
 
     An option `data_root` moves every data set and evaluator that lies under the config's own
     `data_root`; in plain MMEngine it would change a variable that nothing reads any more.
 
     Raises:
-        UserError: There is no such file, or it is not a config of a model.
+        UserError: There is no such config, or it is not a config of a model.
     """
-    path = _find_config(name)
+    path = find_config(name)
     try:
         cfg = Config.fromfile(path)
     except ImportError as error:
@@ -36,22 +37,33 @@ def load_config(name: str, options: dict[str, Any], work_dir: str | None, launch
             if cfg.get(key) is not None:
                 cfg[key] = _moved(cfg[key], root, str(cfg.data_root))
     if cfg.get('model') is None:
-        raise UserError(f'{path} has no model; give a whole config such as those in configs/*.py.')
+        raise UserError(f'{path} has no model; give one that `repnext-mm models` lists.')
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg
 
 
-def _find_config(name: str) -> Path:
+def find_config(name: str) -> Path:
+    """The config file that `name` means (see `look_up`).
+
+    Raises:
+        UserError: There is none; the message has the closest match.
+    """
+    if found := look_up(name):
+        return found
     path = Path(name)
-    if path.is_file():
-        return path
     if path.is_dir():
         raise UserError(f'{name} is a folder; name one config file in it.')
-    known = {p.stem: p for p in sorted(Path('configs').glob('*.py'))}
-    known |= {p.stem: p for p in sorted(path.parent.glob('*.py'))}
+    known = {stem: stem for stem in config_names()}
+    known |= {
+        p.stem: str(p) for p in sorted([*Path('configs').glob('*.py'), *path.parent.glob('*.py')])
+    }
     close = difflib.get_close_matches(path.stem, known, 1, cutoff=0.4)
-    hint = f'did you mean {known[close[0]]}?' if close else 'see configs/ for those there are.'
+    hint = (
+        f'did you mean {known[close[0]]}?'
+        if close
+        else '`repnext-mm models` lists those there are.'
+    )
     raise UserError(f'there is no config {name} (looked in {path.absolute()}); {hint}')
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ..program import command
 from .errors import UserError
 
 #: Files opened per data set; every file's presence is checked, reading all would take too long.
@@ -23,8 +24,8 @@ COCO_FIELDS = {
 }
 HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
 SAMPLE_CONFIG = {
-    'mmdet': 'configs/mask_rcnn_repnext_m0_shapes.py',
-    'mmseg': 'configs/semantic_fpn_repnext_m0_shapes.py',
+    'mmdet': 'mask_rcnn_repnext_m0_shapes',
+    'mmseg': 'semantic_fpn_repnext_m0_shapes',
 }
 
 
@@ -200,7 +201,7 @@ def _require_there(dataset: Any, paths: Sequence[Path], layout: str, scope: str)
             f'no data at {missing} (looked in {missing.absolute()}); expected under {root}: '
             f'{layout}; put or link the data there, or point elsewhere with --cfg-options '
             'data_root=DIR, or try the generated sample set: '
-            f'python tools/train.py {SAMPLE_CONFIG[scope]}'
+            f'{command("train")} {SAMPLE_CONFIG[scope]}'
         )
 
 

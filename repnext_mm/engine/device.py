@@ -19,7 +19,7 @@ from .errors import UserError
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-@MODEL_WRAPPERS.register_module()
+@MODEL_WRAPPERS.register_module(force=True)  # replaces its stand-in of `lazy`
 class CPUDistributedDataParallel(MMDistributedDataParallel):
     """mmengine's data-parallel wrapper without device ids and SyncBN, which need a GPU.
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,7 +44,11 @@ def channel_mixer(channels: int, ratio: float, bias: bool = False) -> ConvChain:
 
 def drop_path(rate: float) -> nn.Module:
     """Stochastic depth per sample, or nothing at rate 0."""
-    return DropPath(rate) if rate else nn.Identity()
+    if not rate:
+        return nn.Identity()
+    from timm.layers import DropPath  # takes longer to import than torch
+
+    return DropPath(rate)
 
 
 def linear_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

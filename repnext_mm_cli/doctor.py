@@ -1,12 +1,13 @@
 """Says which of the packages that must fit each other do so here, and how to mend what does not.
 
-``python -m repnext_mm.doctor`` prints one screen and exits with 0 if all is well, else with 1. Each
+`repnext-mm doctor` prints one screen and exits with 0 if all is well, else with 1. Each
 package is imported in a process of its own, so that one that crashes is reported like the others.
 Only the standard library is used: this must run where nothing else does.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -354,11 +356,11 @@ def render(findings: list[Finding]) -> str:
     return '\n'.join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog='repnext-mm doctor', description='Check that the installed packages fit each other.'
+    )
+    parser.parse_args(argv)
     findings = diagnose()
     print(render(findings))
     return int(any(finding.problem for finding in findings))
-
-
-if __name__ == '__main__':
-    sys.exit(main())
