@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import repnext_mm_cli
 from blocking import block
 from conftest import REPO
+from repnext_mm_cli import COMMANDS, __main__, completion, main
 
-import repnext_mm_cli
 from repnext_mm import configs, model_list
 from repnext_mm.engine.config_file import find_config
 from repnext_mm.engine.errors import UserError
 from repnext_mm.published_results import published_results
-from repnext_mm_cli import COMMANDS, __main__, completion, main
 
 #: Subcommands that a script of tools/ also runs.
 TOOLS = ('train', 'test', 'deploy', 'benchmark', 'demo')

@@ -27,9 +27,7 @@ def installer() -> ModuleType:
     return module
 
 
-def set_up(
-    venv: Path, stack: str = 'mm', **environment: str
-) -> subprocess.CompletedProcess[str]:
+def set_up(venv: Path, stack: str = 'mm', **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), '--venv', str(venv), '--stack', stack]
     env = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env)
@@ -107,7 +105,7 @@ def test_unknown_stack(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), '--venv', str(tmp_path / 'venv'), '--stack', 'mmlab']
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
-    assert "choose from mm, onedl" in run.stderr.replace("'", '')
+    assert 'choose from mm, onedl' in run.stderr.replace("'", '')
 
 
 def test_what_makes_an_environment_stale(installer: ModuleType, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from blocking import block
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from repnext_mm_cli import doctor
 
 from repnext_mm import __version__
-from repnext_mm_cli import doctor
 
 REPO = Path(__file__).resolve().parent.parent
 #: For which Pythons each stack's file has exact versions.
@@ -102,15 +102,15 @@ def test_citation_is_complete(citation: dict) -> None:
 
 def test_neither_stack_is_required(setup_cfg: configparser.ConfigParser) -> None:
     of_stacks = {
-        doctor.project(spec) for specs in doctor.STACKS.values() for spec in specs.values()
+        stack: {doctor.project(specs[module]) for module in doctor.OPENMMLAB}
+        for stack, specs in doctor.STACKS.items()
     }
-    of_stacks |= set(doctor.OTHER_MMCV)
     for part, requirement in declared(setup_cfg):
         if part in ('install_requires', 'dev'):
-            assert requirement.name not in of_stacks
-    for stack, specs in doctor.STACKS.items():
+            assert requirement.name not in {*doctor.MMCV, *of_stacks['mm'], *of_stacks['onedl']}
+    for stack, names in of_stacks.items():
         named = {r.name for r in requirements(setup_cfg['options.extras_require'][stack])}
-        assert {doctor.project(spec) for spec in specs.values()} <= named
+        assert names <= named
 
 
 @pytest.mark.parametrize('stack, python', CASES)

@@ -27,8 +27,8 @@ from pathlib import Path
 PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))
 if sys.version_info[:2] not in PYTHONS:
     sys.exit(
-        'set-up stopped: {} is Python {}.{}, but the pinned packages exist for Python 3.10 to 3.13; '
-        'name one of those, as in `make install PYTHON=python3.11`.'.format(
+        'set-up stopped: {} is Python {}.{}, but the pinned packages exist for Python 3.10 to '
+        '3.13; name one of those, as in `make install PYTHON=python3.11`.'.format(
             sys.executable, *sys.version_info[:2]
         )
     )
@@ -131,9 +131,9 @@ def check_machine(venv: Path, compiles: bool) -> None:
     for name in [shlex.split(compiler)[0] for compiler in compilers]:
         if not shutil.which(name):
             raise SetupError(
-                f'the compiler `{name}` was not found and {COMPILED} must be compiled here; install '
-                'gcc with C++, on Debian with `apt-get install gcc g++`, or take the default '
-                'stack, which needs none.'
+                f'the compiler `{name}` was not found and {COMPILED} must be compiled here; '
+                'install gcc with C++, on Debian with `apt-get install gcc g++`, or take the '
+                'default stack, which needs none.'
             )
     if not Path(sysconfig.get_path('include'), 'Python.h').exists():
         raise SetupError(
@@ -324,7 +324,7 @@ def settle_opencv(steps: Steps, python: Path, get: list[str]) -> None:
     """
     code = (
         'import importlib.metadata as m; '
-        'found = {d.name for d in m.distributions()} & {"opencv-python", "opencv-python-headless"}; '
+        'found = {d.name for d in m.distributions() if d.name.startswith("opencv-")}; '
         'print(*found, flush=True); import cv2'
     )
     done = subprocess.run([str(python), '-c', code], capture_output=True, text=True)

@@ -55,6 +55,8 @@ def _show() -> int:
     if operators.problem:
         kind = 'error' if operators.kind == 'none' else 'warning'
         print(f'{kind}: {operators.problem}', file=sys.stderr)
+    if operators.advice:
+        print(f'note: {operators.advice}', file=sys.stderr)
     return int(operators.kind == 'none')
 
 

@@ -38,14 +38,16 @@ class Operators:
             import.
         text: They and their versions, or '' for `none`.
         problem: What to fix, as one sentence, or ''.
+        advice: What works and could be tidier, as one sentence, or ''.
     """
 
     kind: Literal['compiled', 'torchvision', 'none']
     text: str = ''
     problem: str = ''
+    advice: str = ''
 
     def __str__(self) -> str:
-        return ' '.join(filter(None, (self.text, self.problem)))
+        return ' '.join(filter(None, (self.text, self.problem, self.advice)))
 
 
 @dataclass(frozen=True)
@@ -181,15 +183,15 @@ def describe() -> Operators:
         text = f'{mmcv} with its compiled operators ({compiler}, {cuda}){after}'
         return Operators('compiled', text, mmcv.damage())
     text = f'{mmcv} with the operators of {compiler.split(" (")[0]} ({cuda}){after}'
-    problem = mmcv.damage()
+    problem, advice = mmcv.damage(), ''
     if torch.version.cuda and 'not available' in cuda:
         problem = (
             f'torch {torch.__version__} has CUDA, and its torchvision has not: install the '
             'torchvision of the index that torch came from.'
         )
     elif mmcv.distributions == ('mmcv',):
-        problem = (
+        advice = (
             'mmcv was installed without its operators, which is mmcv-lite by another name: '
             f'`pip uninstall -y mmcv && pip install mmcv-lite=={mmcv.version}`.'
         )
-    return Operators('torchvision', text, problem)
+    return Operators('torchvision', text, problem, advice)
