@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -25,6 +26,7 @@ from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
+from .quiet import quiet_log
 from .rescue import keep_results
 from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
 
@@ -293,5 +295,15 @@ def _hint_batch_size(cfg: Config, world_size: int) -> None:
         )
 
 
+class QuietRunner(Runner):
+    """mmengine's runner; what nobody can act on is in its log file and not on the screen."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """As mmengine's, before the environment and the config are logged."""
+        logger = super().build_logger(*args, **kwargs)
+        quiet_log(logger)
+        return logger
+
+
 def _build_runner(cfg: Config) -> Runner:
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
