@@ -320,6 +320,11 @@ def measure(
             f'{name} again': open_in(by_name[name].worker, f'{name} again', by_name[name].spec)
             for name in references
         }
+        if log:
+            most = f'{schedule.rounds} rounds'
+            if schedule.budget_s is not None:
+                most += f' or {schedule.budget_s:g} s'
+            log.print(f'timing {len(runners)} subjects, at most {most}', highlight=False)
         warm = warm_up({**runners, **twins}, schedule, deadline)
         pairs = {n: r for name in references for n, r in
                  ((name, runners[name]), (f'{name} again', twins[f'{name} again']))}  # fmt: skip

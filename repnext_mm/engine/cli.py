@@ -26,7 +26,7 @@ from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
-from .quiet import quiet_log
+from .quiet import announce, quiet_log
 from .rescue import keep_results
 from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
 
@@ -244,6 +244,7 @@ def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> No
     if sample := cfg.get('sample_data_root'):
         _ensure_sample_data(sample)
     if int(os.environ['LOCAL_RANK']) == 0:
+        announce('Checking the data ...')
         check_data(cfg, splits)
         _make_work_dir(Path(cfg.work_dir))
     if line := choose_device(cfg, args.device, args.launcher):
@@ -276,10 +277,12 @@ def import_framework(scope: str | None) -> None:
 
 
 def _ensure_sample_data(root: str) -> None:
+    from rich.progress import track
+
     from ..datasets import shapes
 
     if int(os.environ['LOCAL_RANK']) == 0:
-        shapes.ensure(root)
+        shapes.ensure(root, track=track)
     while shapes.read_marker(root) is None:
         time.sleep(0.1)  # until the process of rank 0 has written it
 

@@ -158,6 +158,12 @@ def quiet() -> Iterator[None]:
             screen.release()
 
 
+def announce(text: str) -> None:
+    """Print what the tool does from now on, if the next line is not there in a moment."""
+    if isinstance(sys.stdout, _Screen):
+        sys.stdout.announce(f'{text}\n')
+
+
 def quiet_log(logger: logging.Logger) -> None:
     """Leave out the rows of `LOGGED` on the screen; files that `logger` writes keep them."""
     for handler in logger.handlers:
@@ -198,15 +204,24 @@ class _Screen:
 
     def release(self) -> None:
         """Pass on what is held back, and forget the announced work."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._forget()
         held, self._held = self._held, ''
         if held:
             self._stream.write(held)
 
-    def _write(self, part: str) -> None:
+    def announce(self, line: str) -> None:
+        """Show `line` after `patience_s`, unless something is written before."""
+        self._forget()
+        self._timer = threading.Timer(self._patience_s, self._show, [line])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _forget(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+    def _write(self, part: str) -> None:
+        self._forget()
         line = self._held + part
         row = None if self._inside else _printed_row(line.removesuffix('\n'))
         if row is None:
@@ -218,12 +233,7 @@ class _Screen:
         else:
             self._held = ''
             if row.announces:
-                self._announce(line)
-
-    def _announce(self, line: str) -> None:
-        self._timer = threading.Timer(self._patience_s, self._show, [line])
-        self._timer.daemon = True
-        self._timer.start()
+                self.announce(line)
 
     def _show(self, line: str) -> None:
         with suppress(OSError, ValueError):  # a stream that is closed by now
