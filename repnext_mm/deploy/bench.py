@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backbones.pyramid import PyramidBackbone
+from ..engine.quiet import muffled
 from ..reparam import Plan, reparameterize
 from ..timing import (
     Deadline,
@@ -39,7 +40,7 @@ from ..timing import (
     warm_up,
 )
 from .errors import UsageError
-from .exporters import Job, quiet
+from .exporters import Job
 from .formats import FORMATS, Format
 from .parity import noise
 from .report import PACKAGES, Report
@@ -537,7 +538,7 @@ def export(
     job = Job(model, (height, width), names, metadata, batch=batch, dtype=dtype)
     if opset is not None:
         job = replace(job, opset=opset)
-    with quiet():
+    with muffled():
         row.export(job, path)
 
 

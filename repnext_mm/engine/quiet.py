@@ -7,15 +7,19 @@ program that imports this package keeps its warnings as they are; log files keep
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO, cast
+
+#: What mmengine names its loggers, which no other part of a program can ask for by name.
+MMENGINE = 'mmengine'
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,12 @@ class Warned:
 
 @dataclass(frozen=True)
 class Logged:
-    """A message of mmengine's logger: its level and its text."""
+    """A message of a logger: its level, its text, and the logger's name."""
 
     level: int
     text: str
     reason: str
+    logger: str = MMENGINE
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class Printed:
     text: str
     reason: str
     announces: bool = False
+
+
+def _torchscript(module: str, function: str, instead: str) -> Warned:
+    return Warned(
+        f'torch.jit.{module}',
+        FutureWarning,
+        rf'`torch\.jit\.{function}` is deprecated\. Please {instead}\.',
+        'the formats torchscript and coreml are made of it',
+    )
 
 
 WARNINGS = (
@@ -72,10 +86,20 @@ WARNINGS = (
     Warned(
         'mmengine.visualization.visualizer',
         UserWarning,
-        r'Warning: The (?:bbox|polygon) is out of bounds, the drawn (?:bbox|polygon) may not be in '
-        r'the image',
+        r'Warning: The bbox is out of bounds, the drawn bbox may not be in the image',
         'a predicted box may reach to the very border, which counts as outside',
     ),
+    Warned(
+        'mmengine.visualization.visualizer',
+        UserWarning,
+        r'Warning: The polygon is out of bounds, the drawn polygon may not be in the image',
+        'as for a box',
+    ),
+    _torchscript('_trace', 'trace', r'switch to `torch\.compile` or `torch\.export`'),
+    _torchscript('_trace', 'trace_method', r'switch to `torch\.compile` or `torch\.export`'),
+    _torchscript('_freeze', 'freeze', r'use `torch\.compile` instead'),
+    _torchscript('_serialization', 'save', r'switch to `torch\.export`'),
+    _torchscript('_serialization', 'load', r'switch to `torch\.export`'),
 )
 LOGGED = (
     Logged(
@@ -122,6 +146,12 @@ LOGGED = (
         r'The prefix is not set in metric class IoUMetric\.',
         'the names mIoU, mAcc and aAcc are meant to have none',
     ),
+    Logged(
+        logging.WARNING,
+        r"No CUDA runtime is found, using CUDA_HOME='.*'",
+        'nncf imports what compiles extensions, and none is compiled',
+        'torch.utils.cpp_extension',
+    ),
 )
 PRINTED = (
     Printed(r'loading annotations into memory\.\.\.', 'over in no time or shown', announces=True),
@@ -141,6 +171,41 @@ PRINTED = (
         "the tool's own line names the file",
     ),
 )
+#: What is left out of the output of exporters and quantizers, of which `muffled` takes hold.
+CHATTER = (
+    Printed(
+        r'scikit-learn version \S+ is not supported\. Minimum required version: \S+ Maximum '
+        r'required version: \S+ Disabling scikit-learn conversion API\.',
+        'nothing here converts from scikit-learn',
+    ),
+    Printed(
+        r'Torch version \S+ has not been tested with coremltools\. You may run into unexpected '
+        r'errors\. Torch \S+ is the most recent version that has been tested\.',
+        "the tool's own warning says it",
+    ),
+    Printed(
+        r"Failed to load _ML\w+Proxy: No module named 'coremltools\.libcoremlpython'",
+        'only macOS has it; elsewhere the tool reports what it wrote as unverified',
+    ),
+    Printed(
+        r'Tuple detected at graph output\. This will be flattened in the converted model\.',
+        'the outputs are the stages, one by one',
+    ),
+    Printed(
+        r'(?:Converting PyTorch Frontend ==> MIL Ops|Running MIL \w+ pipeline): .+'
+        r' (?:ops|passes)/s\]',
+        'a progress bar of a part of the work',
+    ),
+    Printed(r'Statistics collection .+', "nncf's progress bar; the tool has named the step"),
+    Printed(
+        r'INFO:nncf:\d+ ignored nodes were found by (?:names?|types) in the NNCFGraph',
+        'the tool has said how many layers stay in float',
+    ),
+    Printed(
+        r'INFO:nncf:Not adding activation input quantizer for operation: .+',
+        'the tool has said how many layers stay in float',
+    ),
+)
 #: Work that is announced shows after this time. What took less is in the row about its end.
 PATIENCE_S = 2.0
 
@@ -149,13 +214,41 @@ PATIENCE_S = 2.0
 def quiet() -> Iterator[None]:
     """Leave out the rows of `WARNINGS` and of `PRINTED`, also in data workers that fork inside."""
     screen = _Screen(sys.stdout)
-    with warnings.catch_warnings(), redirect_stdout(cast(TextIO, screen)):
-        for row in WARNINGS:
-            warnings.filterwarnings('ignore', rf'{row.text}\Z', row.category, rf'{row.module}\Z')
+    with _without_known(), redirect_stdout(cast(TextIO, screen)):
         try:
             yield
         finally:
             screen.release()
+
+
+@contextmanager
+def muffled() -> Iterator[None]:
+    """Hold back what is printed, and pass it on at the end, less `WARNINGS` and `CHATTER`.
+
+    For exporters and quantizers, whose output is made for a terminal of their own.
+    """
+    stdout, stderr = _Held('stdout'), _Held('stderr')
+    try:
+        with _without_known(), redirect_stdout(stdout), redirect_stderr(stderr):
+            yield
+    finally:
+        stdout.release()
+        stderr.release()
+
+
+@contextmanager
+def _without_known() -> Iterator[None]:
+    loggers = [logging.getLogger(row.logger) for row in LOGGED if row.logger != MMENGINE]
+    with warnings.catch_warnings():
+        for row in WARNINGS:
+            warnings.filterwarnings('ignore', rf'{row.text}\Z', row.category, rf'{row.module}\Z')
+        for logger in loggers:
+            logger.addFilter(_is_wanted)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_is_wanted)
 
 
 def announce(text: str) -> None:
@@ -174,7 +267,9 @@ def quiet_log(logger: logging.Logger) -> None:
 def _is_wanted(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     return not any(
-        row.level == record.levelno and re.fullmatch(row.text, text, re.DOTALL) for row in LOGGED
+        (row.level, row.logger) == (record.levelno, record.name)
+        and re.fullmatch(row.text, text, re.DOTALL)
+        for row in LOGGED
     )
 
 
@@ -223,7 +318,7 @@ class _Screen:
     def _write(self, part: str) -> None:
         self._forget()
         line = self._held + part
-        row = None if self._inside else _printed_row(line.removesuffix('\n'))
+        row = None if self._inside else _row(line.removesuffix('\n'), PRINTED)
         if row is None:
             self._held = ''
             self._inside = not line.endswith('\n')
@@ -241,5 +336,28 @@ class _Screen:
             self._stream.flush()
 
 
-def _printed_row(line: str) -> Printed | None:
-    return next((row for row in PRINTED if re.fullmatch(row.text, line)), None)
+class _Held(io.StringIO):
+    """What is written while `muffled` holds it back; afterwards, what `sys` has takes it.
+
+    Loggers that are set up meanwhile keep writing to it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(newline='')
+        self._name = name
+        self._holds = True
+
+    def write(self, text: str) -> int:
+        return super().write(text) if self._holds else getattr(sys, self._name).write(text)
+
+    def release(self) -> None:
+        """Pass on the lines that are no row; of one that was drawn repeatedly, the last state."""
+        self._holds = False
+        for line in self.getvalue().split('\n'):
+            last = line.rstrip('\r').rpartition('\r')[2]
+            if last and not _row(last, CHATTER):
+                self.write(f'{last}\n')
+
+
+def _row(line: str, rows: Iterable[Printed]) -> Printed | None:
+    return next((row for row in rows if re.fullmatch(row.text, line)), None)
