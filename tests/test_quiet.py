@@ -56,7 +56,7 @@ EXPECTED = (
     r'Wrote .+; next: python tools/test\.py .+',
 )
 SHORT = {
-    'det': ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=2'],
+    'det': ['train_cfg.max_epochs=1'],
     'seg': ['train_cfg.max_iters=2', 'train_cfg.val_interval=2'],
 }
 #: Modules that warn in words which no row quotes: someone's own, ours, and a quoted one.
@@ -137,7 +137,7 @@ def test_unknown_warnings_of_a_training_show(trainings: dict[str, Training]) -> 
 def test_every_line_that_is_left_out_is_in_the_log_file(trainings: dict[str, Training]) -> None:
     """It also proves that mmengine still has each of the texts."""
     records = [
-        (level, text.removesuffix('\n'))
+        (level, text)
         for training in trainings.values()
         for level, text in re.findall(
             r'^\d{4}/\d\d/\d\d [\d:]+ - mmengine - (\w+) - (.*?)(?=^\d{4}/\d\d/\d\d |\Z)',
@@ -149,7 +149,9 @@ def test_every_line_that_is_left_out_is_in_the_log_file(trainings: dict[str, Tra
         if row.logger != MMENGINE:
             continue
         assert any(
-            level == logging.getLevelName(row.level) and re.fullmatch(row.text, text, re.DOTALL)
+            level == logging.getLevelName(row.level)
+            # mmengine appends how weights were initialized to whatever record came last.
+            and re.match(rf'(?s:{row.text})$', text, re.MULTILINE)
             for level, text in records
         ), f'nothing logs {row.text}'
 
