@@ -24,6 +24,7 @@ from repnext_mm.deploy.pipeline import Export, Options
 from repnext_mm.deploy.report import Report
 from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import Source
+from repnext_mm.engine.quiet import muffled
 from repnext_mm.layers.linear_attention import LinearAttention
 
 FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
@@ -310,7 +311,7 @@ def test_a_network_that_was_not_fused(family: str, tmp_path: Path) -> None:
     """Somebody else's exporter gets the published operations, whose weights need no computing."""
     model = source(family).model
     path, image = tmp_path / 'unfused.onnx', torch.randn(1, 3, 64, 64)
-    with exporters.quiet():
+    with muffled():
         torch.onnx.export(model, (image,), str(path), dynamo=True)
     with open_artifact(path) as artifact:
         assert_equal(artifact.run(image), model, image)

@@ -25,10 +25,11 @@ from repnext_mm.backbones import PyramidBackbone
 from repnext_mm.deploy import calibration
 from repnext_mm.deploy.calibration import calibration_images
 from repnext_mm.deploy.errors import ParityError, UsageError
-from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino, quiet
+from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
 from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
 from repnext_mm.deploy.quantizers import quantizer_for
 from repnext_mm.deploy.runtimes import open_artifact
+from repnext_mm.engine.quiet import muffled
 
 SIZE = (64, 64)
 #: Multiplied onto one channel, and divided out again by the layer after it.
@@ -56,7 +57,7 @@ def with_outlier() -> PyramidBackbone:
 def export(model: PyramidBackbone, runtime: str, folder: Path) -> Path:
     write, name = FORMATS[runtime]
     metadata = {'family': 'RepNeXt', 'dtype': 'fp32', 'out_indices': [0, 1, 2, 3]}
-    with quiet():
+    with muffled():
         write(Job(model, SIZE, tuple(f'stage{i}' for i in range(4)), metadata), folder / name)
     return folder / name
 

@@ -338,8 +338,10 @@ class _Search:
         if self.metric is None:
             return True
         if self.report.metric is None:
+            self.say('Evaluating the float32 artifact')
             name, value = self.metric(Path(self.report.artifact))
             self.report.metric = {'name': name, 'fp32': value, 'max_drop': self.metric.max_drop}
+        self.say('Evaluating the int8 artifact')
         name, value = self.metric(self.quantizer.file)
         self.report.metric['int8'] = value
         self.say(f'{name} {value:.2f}, {self.report.metric["fp32"]:.2f} in float32')
