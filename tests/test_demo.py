@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,12 @@ import numpy as np
 import pytest
 from conftest import REPO
 from PIL import Image
+from tool_runs import environment, run_here
 
+from repnext_mm.demo import demo_main
 from repnext_mm.visualization import Comparison, Region, draw_comparisons, plot_curves, read_scalars
 
-ENV = {**os.environ, 'PYTHONPATH': str(REPO)}
+ENV = environment()
 
 
 def run_demo(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -104,7 +105,7 @@ def test_the_demo_explains_in_one_sentence(
 ) -> None:
     (tmp_path / 'taken').mkdir()
     (tmp_path / 'taken/mine.txt').touch()
-    done = run_demo(*args, cwd=tmp_path)
+    done = run_here(demo_main, *args, cwd=tmp_path)
     assert done.returncode == code
     last = done.stderr.strip().splitlines()[-1]
     assert words in last

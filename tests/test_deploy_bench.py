@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.explain import explain, kind_of
 from repnext_mm.deploy.formats import FORMATS
 from repnext_mm.deploy.report import Report
+from repnext_mm.deploy.worker import serve
 from repnext_mm.timing import Floor, Ratio, Samples, Schedule
 
 TINY = dict(channels=[8, 16, 32, 64], depths=[1, 1, 1, 1])
@@ -65,12 +68,41 @@ def _cpu_without_bfloat16() -> Iterator[None]:
         yield
 
 
+class WorkerHere(Worker):
+    """A worker in a thread of this process, which has imported torch already."""
+
+    def __init__(self, threads: int) -> None:
+        (requests, ask), (answer, answers) = os.pipe(), os.pipe()
+        streams = os.fdopen(requests), os.fdopen(answers, 'w')
+        thread = threading.Thread(target=self._serve, args=streams, daemon=True)
+        thread.start()
+        self.process = SimpleNamespace(
+            stdin=os.fdopen(ask, 'w'), stdout=os.fdopen(answer), wait=thread.join
+        )
+
+    @staticmethod
+    def _serve(requests: TextIO, answers: TextIO) -> None:
+        with requests, answers:
+            serve(requests, answers, cores=None)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers without processes of their own."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench, 'Worker', WorkerHere)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def report(folder: Path) -> Report:
     """A report with two artifacts, timed."""
     report = Report.start(folder, MODEL, [PLAN])
     report.data['artifacts'] = [record('onnx', 'exact'), record('openvino', 'exact')]
-    [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, 'Worker', WorkerHere)
+        [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
     assert isinstance(measured, Measured)
     return report
 
@@ -84,7 +116,7 @@ PLAN = dict(name='exact', convs_before=1, convs_after=1, bn_left=0, why='a test'
 # --- workers
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def worker() -> Iterator[Worker]:
     worker = Worker(threads=1)
     yield worker
@@ -107,6 +139,9 @@ def test_a_worker_answers_runs_and_survives_errors(worker: Worker, folder: Path)
     assert all(second > 0 for second in seconds)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, 'sched_getaffinity'), reason='this system pins no process to cores'
+)
 def test_a_worker_computes_on_as_many_cores_as_threads(worker: Worker, folder: Path) -> None:
     spec = {'shape': SHAPE, 'threads': 1, 'path': str(folder / 'exact.onnx')}
     worker.ask({'open': 'a', 'spec': spec})  # pinned before it answers
@@ -284,6 +319,7 @@ def test_only_exact_plans_are_tried() -> None:
     assert bench.exact_plans(recursive)[:2] == ['exact', 'branches']
 
 
+@pytest.mark.usefixtures('here')
 def test_plans_are_measured_for_real_and_without_a_runtime_not_at_all() -> None:
     model = randomise(RepNeXt(TINY, out_indices=(0, 3))).eval()
     choice = bench.choose_plan(model, FORMATS['pth'], SHAPE, threads=1, schedule=QUICK)
@@ -351,6 +387,7 @@ def test_a_profile_finds_every_convolution_of_the_network(name: str, folder: Pat
 # --- the verbs
 
 
+@pytest.mark.usefixtures('here')
 def test_bench_and_explain_as_verbs(
     report: Report, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

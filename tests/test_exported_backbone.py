@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -30,15 +29,6 @@ from repnext_mm.deploy.runtimes import METADATA_KEY, ArtifactError
 onnx = pytest.importorskip('onnx', reason='needs onnx, from the extra onnx')
 pytest.importorskip('onnxruntime', reason='needs onnxruntime, from the extra onnx')
 pytest.importorskip('openvino', reason='needs openvino, from the extra openvino')
-
-
-@pytest.fixture(autouse=True)
-def _single_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    for name in ('RANK', 'REPNEXT_MM_TRACEBACK'):
-        monkeypatch.delenv(name, raising=False)
-    # Earlier evaluations' loggers write to streams that are closed by now.
-    monkeypatch.setattr(logging, 'raiseExceptions', False)
 
 
 def export(
@@ -78,12 +68,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """A detector and a segmentor, with their backbones exported beside their checkpoints."""
     root = tmp_path_factory.mktemp('models')
     data = tool_runs.tiny_shapes(root / 'shapes', val=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('LOCAL_RANK', '0')
-        made = {
-            task: trained(task, root / task, tool_runs.options(task, data))
-            for task in ('det', 'seg')
-        }
+    made = {
+        task: trained(task, root / task, tool_runs.options(task, data)) for task in ('det', 'seg')
+    }
     for model in made.values():
         digest = hashlib.sha256(model.checkpoint.read_bytes()).hexdigest()
         metadata = {'checkpoint_sha256': digest}
