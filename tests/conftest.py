@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -27,6 +28,26 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.load_profile('same')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--shuffle',
+        type=int,
+        metavar='SEED',
+        help='take files, and the tests of each, in any order',
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption('--shuffle')
+    if seed is None:
+        return
+    shuffle = random.Random(seed).shuffle
+    files = [[*tests] for _, tests in itertools.groupby(items, key=lambda item: item.path)]
+    for group in (files, *files):
+        shuffle(group)
+    items[:] = itertools.chain.from_iterable(files)
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def test_what_is_written(folder: Path, checkpoint: Path) -> None:
     assert {row['runtime'] for row in report['parity']} == {'torch', 'onnxruntime'}
     assert report['env']['versions']['onnxruntime']
     assert report['warnings'] == []
-    text = (folder / 'report.md').read_text()
+    text = (folder / 'report.md').read_text('utf-8')
     assert '| onnx | fp32 | ok | ' in text
     assert f'{name}.onnx |' in text
 
@@ -191,7 +191,7 @@ def test_random_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert report['warnings'] == [sentence]
     assert report['model']['weights_source'] == 'random'
     assert [a['status'] for a in report['artifacts']] == ['unverified']
-    assert f'- {sentence}' in (tmp_path / 'report.md').read_text()
+    assert f'- {sentence}' in (tmp_path / 'report.md').read_text('utf-8')
 
 
 @pytest.mark.parametrize('name', ['repnext_m0', 'recnext_a0', 'inception_next_atto'])
@@ -495,7 +495,7 @@ def test_formats_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_documentation_has_the_table() -> None:
-    text = (REPO / 'docs' / 'deploy.md').read_text()
+    text = (REPO / 'docs' / 'deploy.md').read_text('utf-8')
     assert '\n'.join(format_table()) in text, 'paste what `tools/deploy.py formats` prints'
 
 

@@ -200,7 +200,7 @@ def test_the_report_and_a_picture_lie_in_the_folder(report: Report, folder: Path
         assert width > 800
         assert height > 400
         assert len(picture.convert('RGB').getcolors(1 << 20)) > 4  # more than paper and ink
-    text = (folder / 'report.md').read_text()
+    text = (folder / 'report.md').read_text('utf-8')
     assert 'onnx fp32, exact' in text
     assert run['picture'] in text
 

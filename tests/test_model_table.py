@@ -97,10 +97,10 @@ def test_readme_and_metafile_are_not_stale(files: dict[Path, str], tmp_path: Pat
 def test_staleness_is_told_in_one_sentence(files: dict[Path, str], tmp_path: Path) -> None:
     moved = {tmp_path / path.name: text for path, text in files.items()}
     for path, text in moved.items():
-        path.write_text(text)
+        path.write_text(text, 'utf-8')
     model_table.check(moved)
     readme = tmp_path / 'README.md'
-    readme.write_text(readme.read_text().replace('| m3 | 7.8 |', '| m3 | 7.9 |'))
+    readme.write_text(readme.read_text('utf-8').replace('| m3 | 7.8 |', '| m3 | 7.9 |'), 'utf-8')
     with pytest.raises(ValueError, match=r'README\.md .* run "python tools/model_table\.py"'):
         model_table.check(moved)
 
