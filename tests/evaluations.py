@@ -53,7 +53,7 @@ class Trained:
         work_dir = self.config.parent / 'work_dirs' / str(next(RUN_NUMBERS))
         options = [*args, *self.options, *self.truth, *settings]
         command = (evaluate_main, config, checkpoint, '--work-dir', work_dir, *options)
-        done = run_here(*command, cwd=self.config.parent)
+        done = run_here(*command, cwd=Path.cwd())
         return Evaluation(done.returncode, done.stdout, done.stderr, METRICS[self.task])
 
 

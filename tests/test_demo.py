@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +35,28 @@ def run_demo(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.compat
 @pytest.mark.parametrize(
-    'args, work_dir, rows, bar',
+    'run, args, work_dir, rows, bar',
     [
-        ([], 'work_dirs/demo_quick', ('box', 'mask'), '--min-ap=1'),
-        (['--seg'], 'work_dirs/demo_seg_quick', ('all classes',), '--min-miou=1'),
+        (run_demo, [], 'work_dirs/demo_quick', ('box', 'mask'), '--min-ap=1'),
+        (
+            partial(run_here, demo_main),
+            ['--seg'],
+            'work_dirs/demo_seg_quick',
+            ('all classes',),
+            '--min-miou=1',
+        ),
     ],
     ids=['detection', 'segmentation'],
 )
 def test_the_quick_demo(
-    tmp_path: Path, args: list[str], work_dir: str, rows: tuple[str, ...], bar: str
+    run: Callable[..., subprocess.CompletedProcess],
+    args: list[str],
+    work_dir: str,
+    rows: tuple[str, ...],
+    bar: str,
+    tmp_path: Path,
 ) -> None:
-    done = run_demo('--quick', *args, bar, cwd=tmp_path)
+    done = run('--quick', *args, bar, cwd=tmp_path)
     # A few iterations learn nothing, so the bar of 1 is missed, after everything was written.
     assert done.returncode == 1, done.stderr
     assert 'Traceback' not in done.stderr

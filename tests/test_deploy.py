@@ -454,6 +454,9 @@ def test_interrupted(signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out.mkdir()
     (out / 'notes.txt').write_text('mine')
 
+    # Where tests run in the background of a script, Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def half_of_it(job: Job, path: Path) -> None:
         path.write_text('half')
         assert [part for part in out.iterdir() if part.name.startswith('.partial-')]
@@ -462,7 +465,10 @@ def test_interrupted(signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=half_of_it))
     argv = ('repnext_m0', '--size', 64, '--format', 'pth,onnx', '--work-dir', out)
-    done = run_here(deploy_main, *argv, cwd=tmp_path)
+    try:
+        done = run_here(deploy_main, *argv, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.returncode == 130
     assert done.stderr.strip().endswith('interrupted')
     assert 'Traceback' not in done.stderr

@@ -241,6 +241,7 @@ def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
     assert 'openvino fp32, exact' in names
 
 
+@pytest.mark.usefixtures('here')
 def test_what_cannot_be_run_is_left_out_and_told(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / 'broken.onnx'
     broken.write_bytes(b'no model')
@@ -319,7 +320,6 @@ def test_only_exact_plans_are_tried() -> None:
     assert bench.exact_plans(recursive)[:2] == ['exact', 'branches']
 
 
-@pytest.mark.usefixtures('here')
 def test_plans_are_measured_for_real_and_without_a_runtime_not_at_all() -> None:
     model = randomise(RepNeXt(TINY, out_indices=(0, 3))).eval()
     choice = bench.choose_plan(model, FORMATS['pth'], SHAPE, threads=1, schedule=QUICK)

@@ -255,10 +255,11 @@ def test_compilers_get_the_form_that_was_asked_for(form: str, convolutions: int)
 @pytest.mark.compat
 def test_a_config_saves_memory_and_compiles_the_backbone_of_a_run(tmp_path):
     data = tool_runs.tiny_shapes(tmp_path / 'data', train=4)
-    config = tmp_path / 'compiled.py'
+    config, arch = tmp_path / 'compiled.py', TINY['repnext_m'][1]
     config.write_text(
         f'_base_ = {str(tool_runs.CONFIGS["seg"])!r}\n'
-        'model = dict(backbone=dict(save_memory=True))\n'
+        f'model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), save_memory=True), '
+        f'neck=dict(in_channels={list(arch["channels"])!r}))\n'
         "custom_hooks = [dict(type='CompileBackbone', backend='no_such_backend')]\n"
     )
     options = tool_runs.options('seg', data, 'train_cfg.max_iters=2')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, DefaultScope
 from networks import tiny
 from PIL import Image
+from tool_runs import run_here
 
 from repnext_mm import reparameterize
 from repnext_mm.backbones import PyramidBackbone
@@ -30,6 +32,7 @@ from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino, quiet
 from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
 from repnext_mm.deploy.quantizers import quantizer_for
 from repnext_mm.deploy.runtimes import open_artifact
+from repnext_mm.engine.cli import evaluate_main
 
 SIZE = (64, 64)
 
@@ -248,14 +251,20 @@ def test_no_go(artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_task_metric_is_that_of_the_evaluation(
-    photos: Sequence[np.ndarray], tmp_path: Path
+    photos: Sequence[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tool_runs.tiny_shapes(tmp_path / 'shapes')
     model = trained('seg', tmp_path / 'seg', tool_runs.options('seg', data))
     options = (*model.options, *model.truth)
     metric = TaskMetric(str(model.config), str(model.checkpoint), options=options, max_drop=100)
     exported = export(reparameterize(backbone_of(model).eval(), 'exact'), 'onnx', tmp_path)
-    report = quantize(exported, tmp_path / 'a.onnx', photos, metric=metric)
+    # Without a process for each evaluation.
+    here = SimpleNamespace(
+        run=lambda command, **_: run_here(evaluate_main, *command[3:], cwd=Path.cwd())
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, 'subprocess', here)
+        report = quantize(exported, tmp_path / 'a.onnx', photos, metric=metric)
     assert report.metric is not None
     assert report.metric['name'] == 'mIoU'
     assert report.metric['fp32'] > 90

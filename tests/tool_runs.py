@@ -21,7 +21,9 @@ from unittest import mock
 import torch
 from conftest import REPO
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import HOOKS
+from mmengine.visualization import Visualizer
 
 from repnext_mm.datasets import shapes
 from repnext_mm.engine import atomic_checkpoint
@@ -85,6 +87,9 @@ def run_here(
     """As `run`, in this process, which has imported everything already."""
     command = [*map(str, args)]
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    # mmengine keeps these by name, and a visualizer's is always the same.
+    for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
     with contextlib.ExitStack() as stack:
         stack.callback(os.chdir, before)
         stack.enter_context(mock.patch.dict(os.environ, {'LOCAL_RANK': '0', **env}))
