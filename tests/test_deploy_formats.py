@@ -255,13 +255,12 @@ def test_preprocess_undo() -> None:
 
 def test_stages_on_request(tmp_path: Path) -> None:
     model = source('repnext_m', out_indices=(1, 3))
-    report = export(model, tmp_path, 'onnx', 'openvino', 'pt2')
-    for name in ('onnx', 'openvino', 'pt2'):
-        with opened(report, name) as artifact:
-            assert artifact.output_names == ('stage1', 'stage3')
-            assert artifact.metadata['out_strides'] == [8, 32]
-            image = torch.randn(1, 3, 64, 64)
-            assert_equal(artifact.run(image), model.model, image)
+    report = export(model, tmp_path, 'pt2')  # test_runtimes.py has the other formats
+    with opened(report, 'pt2') as artifact:
+        assert artifact.output_names == ('stage1', 'stage3')
+        assert artifact.metadata['out_strides'] == [8, 32]
+        image = torch.randn(1, 3, 64, 64)
+        assert_equal(artifact.run(image), model.model, image)
 
 
 @pytest.mark.parametrize('plan', ['branches', 'single'])
@@ -323,9 +322,12 @@ def test_a_norm_that_was_left_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.glob('**/*.onnx'))
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', ['repnext_m', 'recnext_l_share', 'inception_next'])
 def test_a_network_that_was_not_fused(family: str, tmp_path: Path) -> None:
-    """Somebody else's exporter gets the published operations, whose weights need no computing."""
+    """Somebody else's exporter gets the published operations, whose weights need no computing.
+
+    Of the families that train with computed weights.
+    """
     model = source(family).model
     path, image = tmp_path / 'unfused.onnx', torch.randn(1, 3, 64, 64)
     with exporters.quiet():
