@@ -32,7 +32,7 @@ demo: install ## train and evaluate a small Mask R-CNN on the sample data set
 	$(VENV)/bin/python tools/demo.py $(ARGS)
 
 test: lint ## lint, then every test (MARK=compat: those marked so)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(if $(MARK),-m '$(MARK)') $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(if $(MARK),-m '$(MARK)') $(ARGS)
 
 lint: install ## ruff and mypy
 	$(VENV)/bin/ruff check .
