@@ -1,11 +1,11 @@
-"""Puts the configs into the package, where mm's tools look for them; the rest is in setup.cfg."""
+"""Packages of two folders, and configs where mm's tools look for them; setup.cfg has the rest."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -26,4 +26,8 @@ class BuildWithConfigs(build_py):
         shutil.copy(ROOT / 'model-index.yml', target)
 
 
-setup(cmdclass={'build_py': BuildWithConfigs})
+setup(
+    packages=[*find_packages(include=['repnext_mm*']), 'repnext_mm_cli'],
+    package_dir={'repnext_mm_cli': 'tools/repnext_mm_cli'},
+    cmdclass={'build_py': BuildWithConfigs},
+)

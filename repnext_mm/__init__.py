@@ -19,7 +19,10 @@ except ModuleNotFoundError as error:
 
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS
 
-from . import atomic_files  # noqa: F401  registers its file backend
+from . import (
+    atomic_files,  # noqa: F401  registers its file backend
+    operators,
+)
 from .checkpoints.safe_globals import allow_mmengine_checkpoints
 from .lazy import lazy_attributes, register_lazily
 
@@ -67,5 +70,7 @@ register_lazily(
     base=torch.nn.parallel.DistributedDataParallel,
 )
 
+# An mmcv without its compiled operators takes ours.
+operators.activate()
 # mmengine reads its own checkpoints with torch's safe default, which needs to know their classes.
 allow_mmengine_checkpoints()

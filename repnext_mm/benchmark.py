@@ -230,8 +230,16 @@ def measure(
     return result
 
 
-def run(command: str, names: Sequence[str], variants: Sequence[str], settings: Settings) -> Record:
+def run(
+    command: str,
+    names: Sequence[str],
+    variants: Sequence[str],
+    settings: Settings,
+    say: Callable[[str], None] | None = None,
+) -> Record:
     """What a sub-command of the tool does with the networks or layers of these `names`.
+
+    `say` takes a line about each before its measurement.
 
     No `variants` means every form in both memory formats. Returns JSON values: `schema_version`,
     `command`, `settings`, `environment`, `load` (`headline` False means that the machine was too
@@ -253,6 +261,8 @@ def run(command: str, names: Sequence[str], variants: Sequence[str], settings: S
         if settings.compile:
             wanted += [replace(v, compiled=True) for v in (subject.reference, *wanted)]
         part = deadline.share(1 / (len(subjects) - i))
+        if say:
+            say(f'timing {subject.name}, {len(wanted) + 1} variants, at most {part.left:.0f} s')
         comparisons.append(measure(subject, wanted, settings, part))
     return {
         'schema_version': SCHEMA_VERSION,

@@ -102,6 +102,7 @@ def measure(args: argparse.Namespace) -> None:
             schedule=Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s),
             profile=args.profile,
         ),
+        say=None if args.json == '-' else print,
     )
     if args.json == '-':
         print(json.dumps(result))

@@ -219,7 +219,7 @@ def generate(root: Path, track: Callable[[list[str]], Iterable[str]] = iter) -> 
     return {
         root / 'configs' / 'metafile.yml': header
         + dump(meta, file_format='yaml', sort_keys=False, width=100),
-        readme: with_tables(readme.read_text(), meta),
+        readme: with_tables(readme.read_text('utf-8'), meta),
     }
 
 
@@ -229,7 +229,7 @@ def check(files: dict[Path, str]) -> None:
     Raises:
         ValueError: A file differs or is missing.
     """
-    stale = [p.name for p, text in files.items() if not p.exists() or p.read_text() != text]
+    stale = [p.name for p, text in files.items() if not p.exists() or p.read_text('utf-8') != text]
     if stale:
         raise ValueError(
             f'{" and ".join(stale)} are not what the code says; run "python tools/model_table.py".'

@@ -43,7 +43,7 @@ METHODS = {
 @cache
 def published_results() -> dict[str, dict[str, Any]]:
     """Published figures by section and model; nothing in it was measured here."""
-    return json.loads((Path(__file__).parent / 'published_results.json').read_text())
+    return json.loads((Path(__file__).parent / 'published_results.json').read_text('utf-8'))
 
 
 def published(section: str, model: str) -> dict[str, float]:

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 REPO = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, however slow the machine is; nothing is kept for the next run.
+settings.register_profile(
+    'same', derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile('same')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--shuffle',
+        type=int,
+        metavar='SEED',
+        help='take files, and the tests of each, in any order',
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption('--shuffle')
+    if seed is None:
+        return
+    shuffle = random.Random(seed).shuffle
+    files = [[*tests] for _, tests in itertools.groupby(items, key=lambda item: item.path)]
+    for group in (files, *files):
+        shuffle(group)
+    items[:] = itertools.chain.from_iterable(files)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +87,36 @@ def formula(parity_dir: Path) -> ModuleType:
 def published(data_root: Path) -> dict:
     """Published results; none of them was measured here."""
     return json.loads((data_root.parent / 'published' / 'results.json').read_text())
+
+
+@functools.cache
+def inductor_problem() -> str | None:
+    """Why torch cannot generate code for this CPU here, if it cannot."""
+    try:
+        torch.compile(torch.nn.GELU())(torch.ones(8, 8))
+    except Exception as error:
+        return f'torch cannot generate C++ here: {" ".join(str(error).split())[:100]}'
+    finally:
+        torch._dynamo.reset()
+    return None
+
+
+@pytest.fixture
+def inductor() -> None:
+    """Skips where torch's inductor lacks a C++ compiler, or kernels for an instruction set."""
+    if problem := inductor_problem():
+        pytest.skip(problem)
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[Callable[[int], None]]:
+    """Call it with a size, and the system refuses larger files, as a full disk would."""
+    resource = pytest.importorskip('resource', reason='this system sets no limits to processes')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from conftest import randomise
 from mmengine.config import Config
 from networks import TINY
 from PIL import Image
-from tool_runs import CONFIGS
+from tool_runs import CONFIGS, run_here
 from torch import nn
 
 from repnext_mm.checkpoints.reading import read_weights
@@ -26,6 +25,7 @@ from repnext_mm.engine.cli import evaluate_main
 METRICS = {'det': 'coco/bbox_mAP', 'seg': 'mIoU'}
 ONE_POINT = {'det': 0.01, 'seg': 1.0}
 NETWORK = 'repnext_m'
+RUN_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -49,13 +49,12 @@ class Trained:
     def evaluate(self, *args: Any, settings: tuple[str, ...] = (), **paths: Path) -> Evaluation:
         """Run tools/test.py, by default on `config` and `checkpoint`."""
         config, checkpoint = (paths.get(k, getattr(self, k)) for k in ('config', 'checkpoint'))
-        work_dir = self.config.parent / 'work_dirs'
-        command = [str(config), str(checkpoint), f'--work-dir={work_dir}', *map(str, args)]
-        command += [*self.options, *self.truth, *settings]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = evaluate_main(command)
-        return Evaluation(code, out.getvalue(), err.getvalue(), METRICS[self.task])
+        # Results are named by the second: two quick evaluations would write into one file.
+        work_dir = self.config.parent / 'work_dirs' / str(next(RUN_NUMBERS))
+        options = [*args, *self.options, *self.truth, *settings]
+        command = (evaluate_main, config, checkpoint, '--work-dir', work_dir, *options)
+        done = run_here(*command, cwd=Path.cwd())
+        return Evaluation(done.returncode, done.stdout, done.stderr, METRICS[self.task])
 
 
 @dataclass

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import pickle
 import re
-import subprocess
+import runpy
 import sys
 import tarfile
 import threading
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, randomise
+from conftest import randomise
 from mmengine.logging import HistoryBuffer, MMLogger
 from torch import Tensor, nn
 
@@ -1106,19 +1106,18 @@ def test_processes_that_start_together_download_once(release: Server) -> None:
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_command_says_what_a_file_holds(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, '-m', 'repnext_mm.checkpoints', save_mm2(tmp_path / 'a.pth')],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "torch checkpoint, 661 tensors under 'state_dict'" in done.stdout
-    assert "fits RepNeXt(arch='m0'): 657 of 657 keys match" in done.stdout
-    assert "under 'backbone.'" in done.stdout
+def test_command_says_what_a_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, 'argv', ['checkpoints', str(save_mm2(tmp_path / 'a.pth'))])
+    monkeypatch.delitem(sys.modules, 'repnext_mm.checkpoints.__main__')
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module('repnext_mm.checkpoints', run_name='__main__')
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "torch checkpoint, 661 tensors under 'state_dict'" in output
+    assert "fits RepNeXt(arch='m0'): 657 of 657 keys match" in output
+    assert "under 'backbone.'" in output
 
 
 def test_command_lists_the_published_names(capsys: pytest.CaptureFixture[str]) -> None:

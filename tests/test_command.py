@@ -13,16 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+import repnext_mm_cli
 from blocking import block
 from conftest import REPO
+from repnext_mm_cli import COMMANDS, __main__, completion, main
 
-import repnext_mm_cli
 from repnext_mm import configs, model_list
 from repnext_mm.deploy.source import load_source
 from repnext_mm.engine.config_file import find_config
 from repnext_mm.engine.errors import UserError
 from repnext_mm.published_results import published_results
-from repnext_mm_cli import COMMANDS, __main__, completion, main
 
 #: Subcommands that a script of tools/ also runs.
 TOOLS = ('train', 'test', 'deploy', 'benchmark', 'demo')

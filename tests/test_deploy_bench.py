@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.explain import explain, kind_of
 from repnext_mm.deploy.formats import FORMATS
 from repnext_mm.deploy.report import Report
+from repnext_mm.deploy.worker import serve
 from repnext_mm.timing import Floor, Ratio, Samples, Schedule
 
 TINY = dict(channels=[8, 16, 32, 64], depths=[1, 1, 1, 1])
@@ -57,12 +60,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _cpu_without_bfloat16() -> Iterator[None]:
+    """Which rows there are does not depend on the CPU that runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.environment, 'isa_flags', lambda: ['avx2'])
+        yield
+
+
+class WorkerHere(Worker):
+    """A worker in a thread of this process, which has imported torch already."""
+
+    def __init__(self, threads: int) -> None:
+        (requests, ask), (answer, answers) = os.pipe(), os.pipe()
+        streams = os.fdopen(requests), os.fdopen(answers, 'w')
+        thread = threading.Thread(target=self._serve, args=streams, daemon=True)
+        thread.start()
+        self.process = SimpleNamespace(
+            stdin=os.fdopen(ask, 'w'), stdout=os.fdopen(answer), wait=thread.join
+        )
+
+    @staticmethod
+    def _serve(requests: TextIO, answers: TextIO) -> None:
+        with requests, answers:
+            serve(requests, answers, cores=None)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers without processes of their own."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench, 'Worker', WorkerHere)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def report(folder: Path) -> Report:
     """A report with two artifacts, timed."""
     report = Report.start(folder, MODEL, [PLAN])
     report.data['artifacts'] = [record('onnx', 'exact'), record('openvino', 'exact')]
-    [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, 'Worker', WorkerHere)
+        [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
     assert isinstance(measured, Measured)
     return report
 
@@ -76,7 +116,7 @@ PLAN = dict(name='exact', convs_before=1, convs_after=1, bn_left=0, why='a test'
 # --- workers
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def worker() -> Iterator[Worker]:
     worker = Worker(threads=1)
     yield worker
@@ -99,6 +139,9 @@ def test_a_worker_answers_runs_and_survives_errors(worker: Worker, folder: Path)
     assert all(second > 0 for second in seconds)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, 'sched_getaffinity'), reason='this system pins no process to cores'
+)
 def test_a_worker_computes_on_as_many_cores_as_threads(worker: Worker, folder: Path) -> None:
     spec = {'shape': SHAPE, 'threads': 1, 'path': str(folder / 'exact.onnx')}
     worker.ask({'open': 'a', 'spec': spec})  # pinned before it answers
@@ -157,7 +200,7 @@ def test_the_report_and_a_picture_lie_in_the_folder(report: Report, folder: Path
         assert width > 800
         assert height > 400
         assert len(picture.convert('RGB').getcolors(1 << 20)) > 4  # more than paper and ink
-    text = (folder / 'report.md').read_text()
+    text = (folder / 'report.md').read_text('utf-8')
     assert 'onnx fp32, exact' in text
     assert run['picture'] in text
 
@@ -186,7 +229,7 @@ def test_int8_is_labelled_and_compared_with_float32(folder: Path) -> None:
     assert subject.spec['precision'] == 'bf16'
 
 
-@pytest.mark.parametrize('flags, takes', [([], False), (['avx2', 'avx512_bf16'], True)])
+@pytest.mark.parametrize('flags, takes', [([], False), (['avx512_bf16'], True), (['bf16'], True)])
 def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
     flags: list[str], takes: bool, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -198,6 +241,7 @@ def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
     assert 'openvino fp32, exact' in names
 
 
+@pytest.mark.usefixtures('here')
 def test_what_cannot_be_run_is_left_out_and_told(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / 'broken.onnx'
     broken.write_bytes(b'no model')
@@ -343,6 +387,7 @@ def test_a_profile_finds_every_convolution_of_the_network(name: str, folder: Pat
 # --- the verbs
 
 
+@pytest.mark.usefixtures('here')
 def test_bench_and_explain_as_verbs(
     report: Report, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -13,6 +13,8 @@ import tool_runs
 import torch
 from conftest import REPO
 
+from repnext_mm.engine.cli import evaluate_main, train_main
+
 CONFIG = """
 _base_ = [{base!r}]
 model = dict(
@@ -50,7 +52,7 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(data: Path, tmp_pat
         no_flip = 'train_dataloader.dataset.pipeline.2.prob=0.0'
         return tool_runs.options('seg', data, no_flip, f'train_dataloader.batch_size={batch}')
 
-    tool_runs.succeed('train.py', config, '--work-dir', 'one', *options(2), cwd=tmp_path)
+    tool_runs.succeed_here(train_main, config, '--work-dir', 'one', *options(2), cwd=tmp_path)
     two = ['--work-dir', 'two', *options(1)]
     output = tool_runs.succeed('dist_train.sh', config, 2, *two, cwd=tmp_path)
     assert output.count('2 processes over gloo') == 1  # one line, not one per process
@@ -81,7 +83,7 @@ def test_detection_in_two_processes(data: Path, tmp_path: Path) -> None:
     output = tool_runs.succeed('dist_train.sh', config, 2, *settings, cwd=tmp_path)
     arguments = shlex.split(output.splitlines()[-1].split('next: python tools/test.py ')[1])
     both = tool_runs.succeed('dist_test.sh', *arguments, 2, cwd=tmp_path)
-    alone = tool_runs.succeed('test.py', *arguments, cwd=tmp_path)
+    alone = tool_runs.succeed_here(evaluate_main, *arguments, cwd=tmp_path)
     found = [re.search(r'coco/bbox_mAP: (\S+)', text) for text in (both, alone)]
     assert all(found)
     assert found[0][1] == found[1][1]

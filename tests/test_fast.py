@@ -17,6 +17,7 @@ from networks import TINY, grads, image, tiny
 from torch import nn
 
 from repnext_mm import optimize
+from repnext_mm.engine.cli import train_main
 from repnext_mm.layers import GELU, depthwise_conv
 from repnext_mm.layers.depthwise import BranchedDepthwise
 from repnext_mm.layers.forms import configure, is_channels_last
@@ -176,7 +177,7 @@ def test_gelu_sees_contiguous_memory_in_either_layout(layout, monkeypatch):
     torch.testing.assert_close(x.grad, twin.grad)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from([(5, 5), (7, 7), (3, 7), (7, 11), (1, 5), (9, 3)]),
@@ -254,17 +255,18 @@ def test_compilers_get_the_form_that_was_asked_for(form: str, convolutions: int)
 @pytest.mark.compat
 def test_a_config_saves_memory_and_compiles_the_backbone_of_a_run(tmp_path):
     data = tool_runs.tiny_shapes(tmp_path / 'data', train=4)
-    config = tmp_path / 'compiled.py'
+    config, arch = tmp_path / 'compiled.py', TINY['repnext_m'][1]
     config.write_text(
         f'_base_ = {str(tool_runs.CONFIGS["seg"])!r}\n'
-        'model = dict(backbone=dict(save_memory=True))\n'
+        f'model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), save_memory=True), '
+        f'neck=dict(in_channels={list(arch["channels"])!r}))\n'
         "custom_hooks = [dict(type='CompileBackbone', backend='no_such_backend')]\n"
     )
     options = tool_runs.options('seg', data, 'train_cfg.max_iters=2')
-    failed = tool_runs.run('train.py', config, *options, cwd=tmp_path)
+    failed = tool_runs.run_here(train_main, config, *options, cwd=tmp_path)
     assert failed.returncode and 'no_such_backend' in failed.stdout + failed.stderr
     config.write_text(config.read_text().replace('no_such_backend', 'eager'))
-    tool_runs.succeed('train.py', config, *options, cwd=tmp_path)
+    tool_runs.succeed_here(train_main, config, *options, cwd=tmp_path)
     [saved] = (tmp_path / 'work_dirs').rglob('iter_2.pth')
     keys = torch.load(saved, map_location='cpu')['state_dict']
     assert 'backbone.stem.stem.0.conv.weight' in keys

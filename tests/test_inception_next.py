@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import randomise
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import TINY, tiny
 from torch import nn
@@ -79,7 +79,6 @@ def test_single_is_one_depthwise_convolution_per_mixer(band):
         assert mixer.groups == mixer.out_channels
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from repnext_mm.reparam import kernels
@@ -27,7 +27,6 @@ def depthwise(x, weight, bias=None, stride=1, dilation=1):
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
 
 
-@settings(deadline=None)
 @given(seeds, channels, odd, odd, st.integers(0, 3), st.integers(0, 3), sizes, sizes, strides)
 def test_a_padded_kernel_computes_the_same(seed, c, kh, kw, dh, dw, h, w, stride):
     x, weight = normal(seed, 2, c, h, w), normal(seed + 1, c, 1, kh, kw)
@@ -43,7 +42,6 @@ def test_a_kernel_without_a_centred_place_is_refused(size):
         kernels.pad_kernel(torch.zeros(1, 1, 3, 3), size)
 
 
-@settings(deadline=None)
 @given(seeds, channels, st.integers(1, 3), st.integers(2, 3), sizes, sizes, strides)
 def test_a_dilated_kernel_becomes_dense(seed, c, k, dilation, h, w, stride):
     x, weight = normal(seed, 2, c, h + 6, w + 6), normal(seed + 1, c, 1, k, k)
@@ -55,7 +53,6 @@ def test_a_dilated_kernel_becomes_dense(seed, c, k, dilation, h, w, stride):
     )
 
 
-@settings(deadline=None)
 @given(seeds, channels, odd, odd, sizes, sizes, strides)
 def test_strips_without_bias_are_one_kernel_at_every_size(seed, c, kh, kw, h, w, stride):
     x = normal(seed, 2, c, h, w)
@@ -65,7 +62,6 @@ def test_strips_without_bias_are_one_kernel_at_every_size(seed, c, kh, kw, h, w,
     torch.testing.assert_close(merged, serial)
 
 
-@settings(deadline=None)
 @given(seeds, channels, st.sampled_from([3, 5, 7]))
 def test_a_strip_bias_is_right_inside_and_wrong_on_the_border(seed, c, k):
     x = normal(seed, 1, c, 3 * k, 3 * k)
@@ -80,7 +76,6 @@ def test_a_strip_bias_is_right_inside_and_wrong_on_the_border(seed, c, k):
     assert difference[:, :, -1].min() > 1e-3
 
 
-@settings(deadline=None)
 @given(seeds, channels, odd, odd, sizes, sizes)
 def test_the_identity_kernel_returns_its_input(seed, c, kh, kw, h, w):
     x = normal(seed, 2, c, h, w)
@@ -101,7 +96,6 @@ def batch_norm(x, seed):
     return kernels.norm_affine(mean, var, weight, bias, 1e-5), out
 
 
-@settings(deadline=None)
 @given(seeds, channels, channels, odd, sizes, sizes)
 def test_a_norm_folds_backward(seed, cin, cout, k, h, w):
     x, weight = normal(seed, 2, cin, h, w), normal(seed + 1, cout, cin, k, k)
@@ -111,7 +105,6 @@ def test_a_norm_folds_backward(seed, cin, cout, k, h, w):
     torch.testing.assert_close(F.conv2d(x, *folded, padding=k // 2), expected)
 
 
-@settings(deadline=None)
 @given(seeds, channels, channels, sizes, sizes)
 def test_a_norm_folds_forward_into_a_1x1(seed, cin, cout, h, w):
     x, weight = normal(seed, 2, cin, h, w), normal(seed + 1, cout, cin, 1, 1)

@@ -18,12 +18,18 @@ import yaml
 from blocking import block
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from repnext_mm import __version__
+from packaging.version import Version
 from repnext_mm_cli import doctor
 
+from repnext_mm import __version__
+
 REPO = Path(__file__).resolve().parent.parent
-PYTHONS = ('3.10', '3.11', '3.12')
+#: For which Pythons each stack's file has exact versions.
+STACKS = {
+    'mm': ('constraints.txt', ('3.10', '3.11', '3.12', '3.13')),
+    'onedl': ('constraints-onedl.txt', ('3.11',)),
+}
+CASES = [(stack, python) for stack, (_, pythons) in STACKS.items() for python in pythons]
 PACKAGES = ('repnext_mm', 'repnext_mm_cli')
 # Torch pins these itself, exactly and per platform.
 TORCH_CUDA = re.compile(r'nvidia-|cuda-toolkit$')
@@ -54,19 +60,14 @@ def requirements(text: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line]
 
 
-@pytest.fixture(scope='module')
-def constraints() -> list[Requirement]:
-    return requirements((REPO / 'constraints.txt').read_text('utf-8'))
-
-
-def pins(constraints: list[Requirement], python: str) -> dict[str, Requirement]:
-    """The constraints that hold for one Python."""
+def pins(stack: str, python: str) -> dict[str, Requirement]:
+    """The exact versions of one stack for one Python, by name."""
+    lines = requirements((REPO / STACKS[stack][0]).read_text('utf-8'))
     environment = {'python_version': python, 'python_full_version': f'{python}.1'}
-    return {
-        canonicalize_name(line.name): line
-        for line in constraints
-        if line.marker is None or line.marker.evaluate(environment)
-    }
+    kept = [line for line in lines if line.marker is None or line.marker.evaluate(environment)]
+    found = {canonicalize_name(line.name): line for line in kept}
+    assert len(found) == len(kept), 'a package has two lines for one Python'
+    return found
 
 
 def declared(setup_cfg: configparser.ConfigParser) -> Iterator[tuple[str, Requirement]]:
@@ -101,55 +102,64 @@ def test_citation_is_complete(citation: dict) -> None:
 
 def test_neither_stack_is_required(setup_cfg: configparser.ConfigParser) -> None:
     of_stacks = {
-        doctor.project(spec) for specs in doctor.STACKS.values() for spec in specs.values()
+        stack: {doctor.project(specs[module]) for module in doctor.OPENMMLAB}
+        for stack, specs in doctor.STACKS.items()
     }
-    of_stacks |= set(doctor.OTHER_MMCV)
     for part, requirement in declared(setup_cfg):
         if part in ('install_requires', 'dev'):
-            assert requirement.name not in of_stacks
-    for stack, specs in doctor.STACKS.items():
+            assert requirement.name not in {*doctor.MMCV, *of_stacks['mm'], *of_stacks['onedl']}
+    for stack, names in of_stacks.items():
         named = {r.name for r in requirements(setup_cfg['options.extras_require'][stack])}
-        assert {doctor.project(spec) for spec in specs.values()} <= named
+        assert names <= named
 
 
-@pytest.mark.parametrize('python', PYTHONS)
+@pytest.mark.parametrize('stack, python', CASES)
 def test_every_requirement_is_pinned(
-    python: str, setup_cfg: configparser.ConfigParser, constraints: list[Requirement]
+    stack: str, python: str, setup_cfg: configparser.ConfigParser
 ) -> None:
-    pinned = pins(constraints, python)
+    pinned = pins(stack, python)
     for part, requirement in declared(setup_cfg):
+        if part in STACKS and part != stack:
+            continue
         name = canonicalize_name(requirement.name)
-        assert name in pinned, f'{name} ({part}) has no line in constraints.txt for {python}'
+        assert name in pinned, f'{name} ({part}) has no line for {stack} and {python}'
         (pin,) = pinned[name].specifier
         assert requirement.specifier.contains(pin.version), f'{pin} is outside {requirement}'
 
 
-@pytest.mark.parametrize('python', PYTHONS)
-def test_pins_are_exact_and_single(python: str, constraints: list[Requirement]) -> None:
-    environment = {'python_version': python}
-    names = [
-        canonicalize_name(line.name)
-        for line in constraints
-        if line.marker is None or line.marker.evaluate(environment)
-    ]
-    assert len(names) == len(set(names))
-    for line in constraints:
+@pytest.mark.parametrize('stack, python', CASES)
+def test_pins_are_exact(stack: str, python: str) -> None:
+    for line in pins(stack, python).values():
         (specifier,) = line.specifier
         assert specifier.operator == '=='
         assert '*' not in specifier.version
 
 
-def test_doctor_recommends_the_pins(constraints: list[Requirement]) -> None:
-    pinned = {str(line) for line in constraints}
-    for specs in (doctor.TORCH, *doctor.STACKS.values()):
-        assert set(specs.values()) <= pinned
+def test_the_declared_minimum_is_tested(setup_cfg: configparser.ConfigParser) -> None:
+    oldest, newest = pins('onedl', '3.11'), pins('mm', '3.11')
+    declared_minimum = {
+        r.name: specifier.version
+        for _, r in declared(setup_cfg)
+        for specifier in r.specifier
+        if specifier.operator == '>='
+    }
+    for name, pinned in (('torch', oldest), ('timm', oldest), ('mmengine', newest)):
+        (pin,) = pinned[name].specifier
+        assert Version(pin.version) == Version(declared_minimum[name]), name
+
+
+def test_doctor_recommends_the_pins() -> None:
+    for stack, specs in doctor.STACKS.items():
+        for python in STACKS[stack][1]:
+            pinned = {f'{line.name}{line.specifier}' for line in pins(stack, python).values()}
+            assert set(specs.values()) <= pinned
 
 
 @pytest.mark.compat
-def test_nothing_unpinned_is_installed(constraints: list[Requirement]) -> None:
+def test_nothing_unpinned_is_installed() -> None:
     if not (Path(sys.prefix) / 'repnext_mm-install.json').exists():
         pytest.skip('this environment was not made by `make install`')
-    pinned = pins(constraints, '{}.{}'.format(*sys.version_info[:2]))
+    pinned = pins(doctor.detect_stack()[0], '{}.{}'.format(*sys.version_info[:2]))
     # Not all of sys.path: setuptools, once imported, adds the packages that it carries.
     for distribution in metadata.distributions(path=[sysconfig.get_path('purelib')]):
         name = canonicalize_name(distribution.metadata['Name'])

@@ -177,7 +177,9 @@ def test_channels_last_is_equal(name):
         torch.testing.assert_close(out, e, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next'])
+@pytest.mark.parametrize(
+    'name', ['repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next']
+)
 def test_is_captured_as_one_graph_with_autocast(name):
     torch._dynamo.reset()
     model = tiny(name).eval()
@@ -188,18 +190,14 @@ def test_is_captured_as_one_graph_with_autocast(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('inductor')
 def test_compiles_and_stays_equal():
+    """One stage: the C++ compiler takes seconds for every few operators."""
     torch._dynamo.reset()
-    model = tiny('repnext_m').eval()
-    x = torch.randn(1, 3, 64, 64)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    # Batch statistics of few pixels magnify rounding, so gradients are compared in float64.
-    model, x = model.train().double(), x.double()
-    expected = grads(model, x)
-    for key, g in grads(torch.compile(model, fullgraph=True, backend='aot_eager'), x).items():
-        key = key.removeprefix('_orig_mod.')
-        torch.testing.assert_close(g, expected[key], rtol=1e-8, atol=1e-8, msg=key)
+    stage = tiny('repnext_m').eval().stages[1]
+    x = torch.randn(1, 8, 16, 16)
+    compiled = torch.compile(stage, fullgraph=True)
+    torch.testing.assert_close(compiled(x), stage(x), rtol=1e-4, atol=1e-4)
 
 
 @NETWORKS

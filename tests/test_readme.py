@@ -10,7 +10,7 @@ from conftest import REPO
 from repnext_mm import RepNeXt
 from repnext_mm.checkpoints import PUBLISHED
 
-README = (REPO / 'README.md').read_text()
+README = (REPO / 'README.md').read_text('utf-8')
 
 
 def snippet(words: str) -> str:

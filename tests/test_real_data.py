@@ -11,8 +11,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tool_runs
 from conftest import REPO
+from tool_runs import succeed_here
+
+from repnext_mm.engine.cli import evaluate_main, train_main
 
 COCO = [
     'train_dataloader.dataset.indices=4',
@@ -72,8 +74,8 @@ def test_train_and_evaluate_on_real_images(
     data_root: Path,
     tmp_path: Path,
 ) -> None:
-    output = tool_runs.succeed(
-        'train.py',
+    output = succeed_here(
+        train_main,
         REPO / 'configs' / config,
         '--cfg-options',
         f'data_root={data_root / folder}',
@@ -93,7 +95,7 @@ def test_train_and_evaluate_on_real_images(
 
     # The named next command evaluates the checkpoint on the same images to the same figures.
     command = shlex.split(output.splitlines()[-1].split('next: python tools/test.py ')[1])
-    last = tool_runs.succeed('test.py', *command, cwd=tmp_path).splitlines()[-1]
+    last = succeed_here(evaluate_main, *command, cwd=tmp_path).splitlines()[-1]
     results = json.loads((tmp_path / re.match(r'Wrote (\S+\.json)', last)[1]).read_text())
     for metric in metrics:
         assert results[metric] == pytest.approx(evaluation[metric], abs=1e-6)

@@ -31,7 +31,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 # --- linear attention -------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 3),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from conftest import REPO
 from mmengine.config import Config
 from PIL import Image
+from tool_runs import run_here, script, succeed_here
 
 from repnext_mm.datasets import shapes
 from repnext_mm.datasets.shapes import Scene, ShapesError, Spec
@@ -385,7 +385,7 @@ def _ensure(root: Path) -> None:
 
 
 def test_processes_that_ensure_at_once_agree(tmp_path: Path) -> None:
-    context = multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('fork')
     jobs = [context.Process(target=_ensure, args=(tmp_path / 'shapes',)) for _ in range(3)]
     for job in jobs:
         job.start()
@@ -408,17 +408,13 @@ def test_wrong_parameters_are_refused(given: dict) -> None:
 # --- the tool
 
 
-def make_shapes(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / 'tools/make_shapes.py'), *args]
-    env = {**os.environ, 'PYTHONPATH': str(REPO)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or REPO, env=env)
+make_shapes = script('make_shapes.py')
 
 
 def test_the_tool_writes_to_its_default_place(tmp_path: Path) -> None:
-    done = make_shapes('--train', '3', '--val', '2', '--size', '64', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    output = succeed_here(make_shapes, '--train', 3, '--val', 2, '--size', 64, cwd=tmp_path)
     assert shapes.read_marker(tmp_path / 'data/shapes') == Spec(train=3, val=2, size=64)
-    assert 'next: python tools/train.py' in done.stdout
+    assert 'next: python tools/train.py' in output
 
 
 @pytest.mark.parametrize(
@@ -434,7 +430,8 @@ def test_the_tool_explains_in_one_sentence(tmp_path: Path, args: list[str], word
     places['taken'].mkdir()
     (places['taken'] / 'mine.txt').touch()
     places['file'].touch()
-    done = make_shapes(*(arg.format(**places) for arg in args))
+    arguments = (arg.format(**places) for arg in args)
+    done = run_here(make_shapes, *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -6,12 +6,12 @@ import gc
 import io
 import json
 import math
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from repnext_mm.timing import (
     Samples,
     Schedule,
     environment,
+    rounds,
     tables,
 )
 from repnext_mm.timing.profile import by_operator
@@ -48,6 +49,9 @@ class Machine:
     def __call__(self) -> float:
         return self.now
 
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
     def runner(self, name: str, seconds: Callable[[], float]) -> Planted:
         return Planted(self, name, seconds)
 
@@ -59,7 +63,7 @@ class Planted:
     def run(self, n: int) -> list[float]:
         self.machine.turns.append(self.name)
         times = [self.seconds() * self.machine.drift(self.machine.now) for _ in range(n)]
-        self.machine.now += sum(times)
+        self.machine.work(sum(times))
         return times
 
 
@@ -92,11 +96,19 @@ def test_a_planted_slow_down_comes_out_right_on_a_machine_that_drifts() -> None:
     assert [result.verdict(n) for n in ('a', 'double', 'half')] == ['reference', 'slower', 'faster']
 
 
-def test_a_real_function_that_runs_twice_as_long_is_found() -> None:
-    runners = {f'{ms} ms': CallRunner(lambda ms=ms: time.sleep(ms / 1e3)) for ms in (4, 8)}
+def test_a_function_that_runs_twice_as_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    monkeypatch.setattr(rounds, 'time', SimpleNamespace(perf_counter=machine))
+
+    def function(seconds: float) -> CallRunner:
+        return CallRunner(lambda: machine.work(seconds))
+
     schedule = Schedule(rounds=8, warmup_cap_s=0.1)
-    result = timing.compare(runners, CallRunner(lambda: time.sleep(4 / 1e3)), schedule)
-    assert 1.5 < result.ratio('8 ms').value < 2.5
+    deadline = Deadline(schedule.budget_s, machine)
+    result = timing.compare(
+        {'4 ms': function(4e-3), '8 ms': function(8e-3)}, function(4e-3), schedule, deadline
+    )
+    assert result.ratio('8 ms').value == pytest.approx(2)
     assert result.verdict('8 ms') == 'slower'
 
 
@@ -309,25 +321,41 @@ def test_the_environment_is_json_and_names_what_matters() -> None:
     assert facts['versions']['mmengine']
     assert facts['versions']['no-such-package'] is None
     assert facts['threads'] == torch.get_num_threads()
-    assert facts['cores'] == len(os.sched_getaffinity(0))
+    assert facts['cores'] == len(environment.cores())
     assert set(facts['isa']) <= set(environment.ISA_FLAGS)
-    assert ('avx512f' in facts['isa']) == torch.backends.cpu.get_cpu_capability().startswith(
-        'AVX512'
-    )
+    assert facts['torch_isa'] == torch.backends.cpu.get_cpu_capability()
     line = timing.summary(facts)
     assert facts['cpu'] in line
     assert f'torch {facts["versions"]["torch"]}' in line
     assert 'no-such-package' not in line
 
 
+@pytest.mark.parametrize(
+    'lines, flags',
+    [
+        ('flags\t\t: fpu avx2 avx512f avx512_bf16 unheard_of', ['avx2', 'avx512f', 'avx512_bf16']),
+        ('flags\t\t: fpu sse4_2 avx', []),
+        ('Features\t: fp asimd bf16 i8mm', ['asimd', 'i8mm', 'bf16']),
+        ('', []),
+        (None, []),  # not Linux
+    ],
+)
+def test_instruction_sets_are_those_that_the_kernel_lists(
+    lines: str | None, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = None if lines is None else f'processor\t: 0\nmodel name\t: avx2 bf16\n{lines}\n'
+    monkeypatch.setattr(environment, '_read', {'/proc/cpuinfo': text}.get)
+    assert environment.isa_flags() == flags
+
+
 @pytest.mark.parametrize('busy, own, load, headline', [(10, 9.95, 9, True), (10, 3, 0, False)])
 def test_others_work_takes_the_headline(
     monkeypatch: pytest.MonkeyPatch, busy: float, own: float, load: float, headline: bool
 ) -> None:
-    clock = iter([0.0, 5.0])
+    clock = SimpleNamespace(perf_counter=iter([0.0, 5.0]).__next__)
     monkeypatch.setattr(environment, 'load_average', lambda: load)
     monkeypatch.setattr(environment.os, 'cpu_count', lambda: 2)
-    monkeypatch.setattr(environment.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(environment, 'time', clock)
     monkeypatch.setattr(environment, '_busy_seconds', iter([100.0, 100.0 + busy]).__next__)
     monkeypatch.setattr(environment, '_own_seconds', iter([50.0, 50.0 + own]).__next__)
     report = timing.LoadWatch().report()
@@ -346,6 +374,9 @@ def test_where_the_kernel_does_not_tell_the_load_decides(
     assert timing.LoadWatch().report()['headline'] is headline
 
 
+@pytest.mark.skipif(
+    not Path('/proc/self/stat').exists(), reason='this kernel has no /proc/PID/stat'
+)
 def test_work_of_our_own_processes_is_ours() -> None:
     before = environment._own_seconds()
     spin = 'import time\nwhile time.process_time() < 0.5: pass\nprint("done", flush=True)\ninput()'

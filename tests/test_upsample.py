@@ -33,7 +33,7 @@ def both(mode: str, x: torch.Tensor, size: tuple[int, int], seed: int = 0):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
     mode=st.sampled_from(UPSAMPLE_MODES),

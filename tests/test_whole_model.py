@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import mm_models
@@ -20,24 +19,13 @@ from repnext_mm.deploy.errors import ModelError, UsageError
 from repnext_mm.deploy.whole_model import derived_config, save_whole_model
 
 
-@pytest.fixture(autouse=True)
-def _single_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    monkeypatch.delenv('RANK', raising=False)
-    # Earlier evaluations' loggers write to streams that are closed by now.
-    monkeypatch.setattr(logging, 'raiseExceptions', False)
-
-
 @pytest.fixture(scope='module')
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     root = tmp_path_factory.mktemp('models')
     data = tool_runs.tiny_shapes(root / 'shapes')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('LOCAL_RANK', '0')
-        return {
-            task: trained(task, root / task, tool_runs.options(task, data))
-            for task in ('det', 'seg')
-        }
+    return {
+        task: trained(task, root / task, tool_runs.options(task, data)) for task in ('det', 'seg')
+    }
 
 
 def load(config: Path, checkpoint: Path) -> torch.nn.Module:

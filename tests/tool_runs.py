@@ -1,22 +1,32 @@
-"""Running the real tools in processes of their own, on a tiny generated data set."""
+"""Running the real tools on a tiny generated data set, here or in processes of their own."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import io
 import json
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from conftest import REPO
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import HOOKS
+from mmengine.visualization import Visualizer
 
 from repnext_mm.datasets import shapes
+from repnext_mm.engine import atomic_checkpoint
 
 CONFIGS = {
     'det': REPO / 'configs' / 'mask_rcnn_repnext_m0_shapes.py',
@@ -71,11 +81,57 @@ def run(tool: str, *args: Any, cwd: Path, **env: str) -> subprocess.CompletedPro
     )
 
 
-def succeed(tool: str, *args: Any, cwd: Path, **env: str) -> str:
-    """Output of a tool that must end well."""
-    done = run(tool, *args, cwd=cwd, **env)
+def run_here(
+    main: Callable[[Sequence[str]], int], *args: Any, cwd: Path, **env: str
+) -> subprocess.CompletedProcess:
+    """As `run`, in this process, which has imported everything already."""
+    command = [*map(str, args)]
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    # mmengine keeps these by name, and a visualizer's is always the same.
+    for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.chdir, before)
+        stack.enter_context(mock.patch.dict(os.environ, {'LOCAL_RANK': '0', **env}))
+        for name in {'RANK', 'REPNEXT_MM_TRACEBACK'} - env.keys():
+            os.environ.pop(name, None)
+        # Loggers of earlier runs write to streams that are closed by now.
+        stack.enter_context(mock.patch.object(logging, 'raiseExceptions', False))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        os.chdir(cwd)
+        try:
+            code = main(command)
+        except SystemExit as stop:  # argparse
+            code = stop.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def script(tool: str) -> Callable[[Sequence[str]], int]:
+    """A tool for `run_here`, from its first line to its last."""
+
+    def main(argv: Sequence[str]) -> int:
+        with mock.patch.object(sys, 'argv', [tool, *argv]):
+            runpy.run_path(str(REPO / 'tools' / tool), run_name='__main__')
+        return 0
+
+    return main
+
+
+def ended_well(done: subprocess.CompletedProcess) -> str:
+    """Its output."""
     assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
     return done.stdout
+
+
+def succeed(tool: str, *args: Any, cwd: Path, **env: str) -> str:
+    """Output of a tool that must end well in a process of its own."""
+    return ended_well(run(tool, *args, cwd=cwd, **env))
+
+
+def succeed_here(main: Callable[[Sequence[str]], int], *args: Any, cwd: Path, **env: str) -> str:
+    """Output of a tool that must end well in this process."""
+    return ended_well(run_here(main, *args, cwd=cwd, **env))
 
 
 @HOOKS.register_module()
@@ -84,14 +140,15 @@ class Probe(Hook):
 
     Args:
         path: Where to; a new run adds to what an earlier one wrote.
-        ballast_from: From this epoch on checkpoints are big, so that writing them takes a while.
+        dies_writing: The process ends half-way through a file of this name, as if it were killed.
     """
 
     priority = 'VERY_LOW'  # after the checkpoint hook, and the schedulers
 
-    def __init__(self, path: str, ballast_from: int | None = None) -> None:
+    def __init__(self, path: str, dies_writing: str | None = None) -> None:
         self.path = path
-        self.ballast_from = ballast_from
+        if dies_writing is not None:
+            atomic_checkpoint.open = functools.partial(_open, dies_writing)
 
     def _write(self, **record: Any) -> None:
         with open(self.path, 'a') as file:
@@ -126,8 +183,20 @@ class Probe(Hook):
             optimizer=digest(checkpoint['optimizer']),
             schedulers=[s['last_step'] for s in checkpoint['param_schedulers']],
         )
-        if self.ballast_from is not None and checkpoint['meta']['epoch'] >= self.ballast_from:
-            checkpoint['ballast'] = torch.zeros(75_000_000)  # 300 MB
+
+
+class _Fatal(io.FileIO):
+    """A file that takes half of what is written, and then the process is killed."""
+
+    def write(self, data: bytes) -> int:
+        super().write(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError('not reached')
+
+
+def _open(fatal: str, path: Path, mode: str) -> Any:
+    """`open`, except for files whose names begin with `fatal`."""
+    return (_Fatal if path.name.startswith(fatal) else open)(path, mode)
 
 
 def digest(state: Any) -> str:

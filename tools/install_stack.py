@@ -1,7 +1,8 @@
-"""Set up one of the two stacks in its own virtual environment, with mmcv's operators compiled.
+"""Set up one of the two stacks in its own virtual environment.
 
-`make install` runs this with the standard library alone. The file must parse on old Pythons, so
-that they are refused in one sentence: hence no __future__ import and no newer syntax.
+The default stack needs no compiler. The second one compiles mmcv's operators, once. `make install`
+runs this with the standard library alone. The file must parse on old Pythons, so that they
+are refused in one sentence: hence no __future__ import and no newer syntax.
 """
 
 import argparse
@@ -20,20 +21,22 @@ import sys
 import sysconfig
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
-PYTHONS = ((3, 10), (3, 11), (3, 12))
+PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))
 if sys.version_info[:2] not in PYTHONS:
     sys.exit(
-        'set-up stopped: {} is Python {}.{}, but the pinned packages exist for Python 3.10, 3.11 '
-        'and 3.12; name one of those, as in `make install PYTHON=python3.11`.'.format(
+        'set-up stopped: {} is Python {}.{}, but the pinned packages exist for Python 3.10 to '
+        '3.13; name one of those, as in `make install PYTHON=python3.11`.'.format(
             sys.executable, *sys.version_info[:2]
         )
     )
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / 'constraints.txt'
-OPS_PACKAGE = {'openmmlab': 'mmcv', 'onedl': 'onedl-mmcv'}  # what is compiled, per stack
+# The file with each stack's versions.
+CONSTRAINTS = {'mm': ROOT / 'constraints.txt', 'onedl': ROOT / 'constraints-onedl.txt'}
+COMPILED = 'onedl-mmcv'  # what the second stack compiles
 STAMP = 'repnext_mm-install.json'
 DISK_GIB = 8  # torch with its CUDA libraries unpacks to 5 GiB
 CPYTHON = 'cp{}{}'.format(*sys.version_info[:2])
@@ -55,11 +58,12 @@ def requirements(stack: str) -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith('#')]
 
 
-def pinned_version(package: str) -> str:
-    """The version of a package whose pin holds for every Python."""
-    found = re.search(rf'^{re.escape(package)}==(\S+)$', CONSTRAINTS.read_text('utf-8'), re.M)
+def compiled_version() -> str:
+    """The version of the package that the second stack compiles."""
+    pins = CONSTRAINTS['onedl']
+    found = re.search(rf'^{re.escape(COMPILED)}==(\S+)$', pins.read_text('utf-8'), re.M)
     if not found:
-        raise SetupError(f'{CONSTRAINTS} has no line `{package}==VERSION`; add it.')
+        raise SetupError(f'{pins} has no line `{COMPILED}==VERSION`; add it.')
     return found[1]
 
 
@@ -70,7 +74,7 @@ def digest(text: str) -> str:
 def wanted_stamp(stack: str, venv: Path) -> dict[str, str]:
     """What the environment depends on; it is made anew when any of these changes."""
     return {
-        'the pins in constraints.txt': digest(CONSTRAINTS.read_text('utf-8')),
+        'the pins': digest(CONSTRAINTS[stack].read_text('utf-8')),
         'the requirements in setup.cfg': digest('\n'.join(requirements(stack))),
         'tools/install_stack.py': digest(Path(__file__).read_text('utf-8')),
         'the Python': f'{sys.version.split()[0]} {os.path.realpath(BASE_PYTHON)}',
@@ -99,7 +103,7 @@ def wheelhouse() -> Path:
     return Path(os.environ.get('REPNEXT_MM_WHEELHOUSE') or default).expanduser().resolve()
 
 
-def check_machine(venv: Path, package: str) -> None:
+def check_machine(venv: Path, compiles: bool) -> None:
     """Refuse, before anything is downloaded, a machine on which the set-up cannot end well."""
     version = '{}.{}'.format(*sys.version_info[:2])
     if importlib.util.find_spec('ensurepip') is None:
@@ -113,7 +117,12 @@ def check_machine(venv: Path, package: str) -> None:
             f'{venv.parent} has {free:.1f} GiB free and the set-up needs about {DISK_GIB}; free '
             'some, or name a folder on another disk, as in `make install VENV=/other/disk/venv`.'
         )
-    if any(wheelhouse().glob(f'{package}-{pinned_version(package)}-*/*{CPYTHON}*.whl')):
+    if compiles and sys.version_info[:2] != (3, 11):
+        raise SetupError(
+            f'{CONSTRAINTS["onedl"].name} has versions for Python 3.11 and {sys.executable} is '
+            f'{version}; name one, as in `make install STACK=onedl PYTHON=python3.11`.'
+        )
+    if not compiles or any(wheelhouse().glob(f'{COMPILED}-{compiled_version()}-*/*{CPYTHON}*.whl')):
         return
     compilers = [
         os.environ.get('CC') or sysconfig.get_config_var('CC') or 'gcc',
@@ -122,13 +131,15 @@ def check_machine(venv: Path, package: str) -> None:
     for name in [shlex.split(compiler)[0] for compiler in compilers]:
         if not shutil.which(name):
             raise SetupError(
-                f'the compiler `{name}` was not found and {package} must be compiled here; install '
-                'gcc with C++, on Debian with `apt-get install gcc g++`.'
+                f'the compiler `{name}` was not found and {COMPILED} must be compiled here; '
+                'install gcc with C++, on Debian with `apt-get install gcc g++`, or take the '
+                'default stack, which needs none.'
             )
     if not Path(sysconfig.get_path('include'), 'Python.h').exists():
         raise SetupError(
-            f'the C headers of {sys.executable} (Python.h) were not found and {package} must be '
-            f'compiled here; install them, on Debian with `apt-get install python{version}-dev`.'
+            f'the C headers of {sys.executable} (Python.h) were not found and {COMPILED} must be '
+            f'compiled here; install them, on Debian with `apt-get install python{version}-dev`, '
+            'or take the default stack, which needs none.'
         )
 
 
@@ -221,21 +232,20 @@ def describe_torch(python: Path) -> dict:
     return json.loads(result.stdout)
 
 
-def wheel_key(package: str, torch: dict) -> str:
+def wheel_key(torch: dict) -> str:
     """Name of the wheelhouse folder: one per package version, torch, Python and CUDA."""
     device = 'cpu'
     if torch['caps'] or os.environ.get('FORCE_CUDA') == '1':
         if not torch['home']:
             raise SetupError(
-                f'torch sees a GPU but the CUDA {torch["cuda"]} toolkit that compiles {package} '
+                f'torch sees a GPU but the CUDA {torch["cuda"]} toolkit that compiles {COMPILED} '
                 'for it was not found; install it and set CUDA_HOME, or set up for the CPU alone '
-                'with `CUDA_VISIBLE_DEVICES= make install`.'
+                'with `CUDA_VISIBLE_DEVICES= make install STACK=onedl`.'
             )
         archs = os.environ.get('TORCH_CUDA_ARCH_LIST') or ' '.join(torch['caps']) or 'all'
         device = 'cu{}-sm{}'.format(torch['cuda'], '_'.join(re.split(r'[ ;]+', archs)))
     platform = sysconfig.get_platform()
-    version = pinned_version(package)
-    return f'{package}-{version}-torch{torch["version"]}-{CPYTHON}-{platform}-{device}'
+    return f'{COMPILED}-{compiled_version()}-torch{torch["version"]}-{CPYTHON}-{platform}-{device}'
 
 
 def compile_jobs() -> str:
@@ -244,17 +254,17 @@ def compile_jobs() -> str:
     return str(max(1, min(len(os.sched_getaffinity(0)), int(memory // 2))))
 
 
-def compile_ops(steps: Steps, python: Path, package: str, home: Path) -> None:
+def compile_ops(steps: Steps, python: Path, home: Path) -> None:
     """Build the wheel of mmcv with its operators and put it into the folder `home`."""
-    version = pinned_version(package)
+    version = compiled_version()
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='building-', dir=home.parent) as folder:
         built = Path(folder, 'wheel')
         steps.run(
-            f'compile {package} {version} for this torch, once (about 10 minutes on 2 cores)',
+            f'compile {COMPILED} {version} for this torch, once (about 10 minutes on 2 cores)',
             # pip would cache the wheel by name and version alone and hand it to another torch.
             [*pip(python, 'wheel'), '-v', '--no-cache-dir', '--no-build-isolation', '--no-deps',
-             '--no-binary', package, f'{package}=={version}', '--wheel-dir', str(built)],
+             '--no-binary', COMPILED, f'{COMPILED}=={version}', '--wheel-dir', str(built)],
             MMCV_WITH_OPS='1',
             MAX_JOBS=os.environ.get('MAX_JOBS') or compile_jobs(),
             CFLAGS='-g0 ' + os.environ.get('CFLAGS', ''),  # debug symbols take a third of the time
@@ -263,11 +273,32 @@ def compile_ops(steps: Steps, python: Path, package: str, home: Path) -> None:
             built.rename(home)
 
 
-def ops_load(python: Path) -> bool:
-    """Whether the installed operators fit the installed torch."""
-    return not subprocess.run(
-        [str(python), '-c', 'import torch, mmcv._ext'], stderr=subprocess.DEVNULL
-    ).returncode
+def ops_load(python: Path, wheel: Path) -> bool:
+    """Whether the operators in a compiled wheel fit the installed torch."""
+    code = (
+        'import importlib.util as util, sys, torch; '
+        'spec = util.spec_from_file_location("_ext", sys.argv[1]); '
+        'spec.loader.exec_module(util.module_from_spec(spec))'
+    )
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if re.match(r'mmcv/_ext\.([^/]*\.)?so$', n)]
+        command = [str(python), '-c', code, archive.extract(name, folder)]
+        return not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+def compiled_wheel(steps: Steps, python: Path) -> Path:
+    """The wheel of mmcv with operators for the installed torch; compiled unless one is kept."""
+    home = wheelhouse() / wheel_key(describe_torch(python))
+    kept = next(home.glob('*.whl'), None)
+    if kept and ops_load(python, kept):
+        steps.total -= 1
+        print(f'      {COMPILED} is compiled already: {home}', flush=True)
+        return kept
+    if kept:
+        print('      the compiled wheel does not load here, so it is compiled again', flush=True)
+        shutil.rmtree(home)
+    compile_ops(steps, python, home)
+    return next(home.glob('*.whl'))
 
 
 def pip(python: Path, verb: str) -> list[str]:
@@ -285,6 +316,27 @@ def fresh_venv(venv: Path) -> None:
         shutil.rmtree(venv)
 
 
+def settle_opencv(steps: Steps, python: Path, get: list[str]) -> None:
+    """Leave one of OpenCV's distributions, which overwrite each other's files.
+
+    `opencv-python` is what mm's packages require. It needs libGL and X11, which servers lack; its
+    headless twin contains the same module without them.
+    """
+    code = (
+        'import importlib.metadata as m; '
+        'found = {d.name for d in m.distributions() if d.name.startswith("opencv-")}; '
+        'print(*found, flush=True); import cv2'
+    )
+    done = subprocess.run([str(python), '-c', code], capture_output=True, text=True)
+    found = done.stdout.split()
+    if done.returncode == 0 and len(found) == 1:
+        return
+    steps.total += 2
+    steps.run('remove OpenCV', [*pip(python, 'uninstall'), '--yes', *found])
+    name = 'opencv-python' if done.returncode == 0 else 'opencv-python-headless'
+    steps.run(f'one OpenCV: {name}', [*get, '--no-deps', name])
+
+
 def install(stack: str, venv: Path, rebuild: bool) -> None:
     """Bring `venv` up to date for `stack`; does nothing when it is."""
     stamp = wanted_stamp(stack, venv)
@@ -292,43 +344,29 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
     if not changed and not rebuild:
         print(f'{venv.name} is up to date (stack {stack})', flush=True)
         return
-    package = OPS_PACKAGE[stack]
-    check_machine(venv, package)
+    compiles = stack == 'onedl'
+    check_machine(venv, compiles)
     why = ', '.join(changed) or 'make reinstall'
     print(f'set-up of the {stack} stack in {venv}, because of: {why}', flush=True)
     fresh_venv(venv)
     python = venv / 'bin' / 'python'
     logs = venv.with_name(venv.name + '-logs')
-    steps = Steps(7, logs)
-    get = [*pip(python, 'install'), '--constraint', str(CONSTRAINTS)]
+    steps = Steps(6 if compiles else 4, logs)
+    # Python compiles what is imported when it is imported; all of torch would take half a minute.
+    get = [*pip(python, 'install'), '--no-compile', '--constraint', str(CONSTRAINTS[stack])]
+    tools = ['pip', 'setuptools', 'wheel', *(['ninja'] if compiles else [])]
     steps.run('virtual environment', [BASE_PYTHON, '-m', 'venv', str(venv)])
-    steps.run('pip and build tools', [*get, '--upgrade', 'pip', 'setuptools', 'wheel', 'ninja'])
+    steps.run('pip and build tools', [*get, '--upgrade', *tools])
     get += ['--no-build-isolation', '--progress-bar', 'raw']
-    steps.run('torch and torchvision (3 GB the first time)', [*get, 'torch', 'torchvision'])
-    home = wheelhouse() / wheel_key(package, describe_torch(python))
-    kept = any(home.glob('*.whl'))
-    if kept:
-        steps.total -= 1
-        print(f'      {package} is compiled already: {home}', flush=True)
-    else:
-        compile_ops(steps, python, package, home)
-    steps.run(
-        f'the {stack} stack, this package, tests and lint',
-        [*get, *map(str, home.glob('*.whl')), '--editable', f'{ROOT}[{stack},deploy,dev]'],
-    )
-    if kept and not ops_load(python):
-        print('      the compiled wheel does not load here, so it is made anew', flush=True)
-        steps.total += 2
-        shutil.rmtree(home)
-        compile_ops(steps, python, package, home)
-        again = [*get, '--no-deps', '--force-reinstall', *map(str, home.glob('*.whl'))]
-        steps.run(f'the new {package}', again)
-    # opencv-python needs libGL and X11, which servers lack; the headless twin holds the same
-    # module, and installed over it leaves the requirement of mmengine and mmcv satisfied.
-    steps.run(
-        'OpenCV without a display',
-        [*get, '--no-deps', '--force-reinstall', 'opencv-python-headless'],
-    )
+    wheels = []
+    if compiles:
+        steps.run('torch and torchvision (3 GB the first time)', [*get, 'torch', 'torchvision'])
+        wheels = [str(compiled_wheel(steps, python))]
+    title = f'the {stack} stack, this package, tests and lint'
+    if not compiles:
+        title += ' (3 GB the first time)'
+    steps.run(title, [*get, *wheels, '--editable', f'{ROOT}[{stack},deploy,dev]'])
+    settle_opencv(steps, python, get)
     try:
         steps.run(
             'check that all of it works together', [str(python), '-m', 'repnext_mm_cli', 'doctor']
@@ -343,7 +381,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument('--stack', choices=sorted(OPS_PACKAGE), default='openmmlab')
+    parser.add_argument('--stack', choices=sorted(CONSTRAINTS), default='mm')
     parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='the environment')
     parser.add_argument('--rebuild', action='store_true', help='even if it is up to date')
     parser.add_argument(

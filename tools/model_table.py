@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
         print('README.md and configs/metafile.yml are up to date.')
         return
     for path, text in files.items():
-        path.write_text(text)
+        path.write_text(text, 'utf-8')
     print(
         'Wrote README.md and configs/metafile.yml; next: python -m pytest tests/test_model_table.py'
     )

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from http.client import HTTPException
 from pathlib import Path
@@ -85,7 +86,10 @@ def _download(url: str, filename: str) -> Path:
             if not target.exists():
                 with tempfile.TemporaryDirectory(prefix='.download-', dir=folder) as temporary:
                     arrived = Path(temporary, filename)
-                    torch.hub.download_url_to_file(url, str(arrived))
+                    # A bar in a terminal; in a file, where it would be rubble, one line.
+                    if not (terminal := sys.stderr.isatty()):
+                        print(f'Downloading {url} to {target}', file=sys.stderr, flush=True)
+                    torch.hub.download_url_to_file(url, str(arrived), progress=terminal)
                     label = f'what {url} sent'
                     check_crc(arrived, label)
                     read_weights(arrived, label)

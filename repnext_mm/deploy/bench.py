@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backbones.pyramid import PyramidBackbone
+from ..engine.quiet import muffled
 from ..reparam import Plan, reparameterize
 from ..timing import (
     Deadline,
@@ -39,7 +40,7 @@ from ..timing import (
     warm_up,
 )
 from .errors import UsageError
-from .exporters import Job, quiet
+from .exporters import Job
 from .formats import FORMATS, Format
 from .parity import noise
 from .report import PACKAGES, Report
@@ -320,6 +321,11 @@ def measure(
             f'{name} again': open_in(by_name[name].worker, f'{name} again', by_name[name].spec)
             for name in references
         }
+        if log:
+            most = f'{schedule.rounds} rounds'
+            if schedule.budget_s is not None:
+                most += f' or {schedule.budget_s:g} s'
+            log.print(f'timing {len(runners)} subjects, at most {most}', highlight=False)
         warm = warm_up({**runners, **twins}, schedule, deadline)
         pairs = {n: r for name in references for n, r in
                  ((name, runners[name]), (f'{name} again', twins[f'{name} again']))}  # fmt: skip
@@ -532,7 +538,7 @@ def export(
     job = Job(model, (height, width), names, metadata, batch=batch, dtype=dtype)
     if opset is not None:
         job = replace(job, opset=opset)
-    with quiet():
+    with muffled():
         row.export(job, path)
 
 

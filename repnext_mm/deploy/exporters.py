@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.torch_version import TorchVersion
 
+from ..engine.quiet import muffled
 from ..layers.linear_attention import LinearAttention
 from .errors import DependencyError
 from .runtimes import METADATA_KEY
@@ -252,7 +251,7 @@ def check_coreml() -> list[str]:
     Raises:
         DependencyError: coremltools came without the library that writes weights.
     """
-    with quiet():
+    with muffled():
         import coremltools
         from coremltools import _deps
     try:
@@ -309,19 +308,3 @@ def in_memory(path: Path) -> Iterator[BytesIO]:
     buffer = BytesIO()
     yield buffer
     path.write_bytes(buffer.getbuffer())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep other packages' progress and deprecations to themselves."""
-    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'coremltools')]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -19,6 +19,7 @@ from rich.console import Console
 from ..backbones.pyramid import PyramidBackbone
 from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
+from ..engine.quiet import muffled
 from ..reparam import FusionReport, Plan, prove, reparameterize
 from ..reparam.plans import INEXACT
 from ..version import __version__
@@ -32,7 +33,7 @@ from .errors import (
     SomeFailedError,
     UsageError,
 )
-from .exporters import Job, Preprocess, quiet
+from .exporters import Job, Preprocess
 from .folders import disk_errors, make_folder, partial_folder, place, remove, shown
 from .formats import Format
 from .inspection import batch_norms, convolutions
@@ -427,7 +428,7 @@ class Export:
             with disk_errors(self.folder):
                 raise ExportError(f'{row.name} could not be exported: {_short(error)}') from error
         seconds = time.perf_counter() - start
-        with quiet():
+        with muffled():
             operations = row.operations(row.file(written))
         if job.metadata['plan'] != 'branches' and (left := batch_norms(operations)):
             raise ExportError(
@@ -486,12 +487,12 @@ class Export:
     def _write(self, row: Format, job: Job, written: Path) -> Record | None:
         """Export to `written`; int8 from the float32 artifact, with a record of what was done."""
         if job.dtype != 'int8':
-            with quiet():
+            with muffled():
                 row.export(job, written)
             return None
         metadata = job.metadata | {'dtype': 'fp32'}
         full = written.with_name(f'fp32{row.suffix}')
-        with quiet():
+        with muffled():
             row.export(replace(job, dtype='fp32', metadata=metadata), full)
         metric = None
         if self.options.max_drop is not None:

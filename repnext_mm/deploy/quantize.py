@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..engine.errors import PACKAGE
+from ..timing.environment import isa_flags
 from .calibration import ENOUGH_IMAGES, check_count, check_pictures
 from .errors import ParityError, UsageError
 from .quantizers import CALIBRATORS, Quantizer, quantizer_for
@@ -338,8 +339,10 @@ class _Search:
         if self.metric is None:
             return True
         if self.report.metric is None:
+            self.say('Evaluating the float32 artifact')
             name, value = self.metric(Path(self.report.artifact))
             self.report.metric = {'name': name, 'fp32': value, 'max_drop': self.metric.max_drop}
+        self.say('Evaluating the int8 artifact')
         name, value = self.metric(self.quantizer.file)
         self.report.metric['int8'] = value
         self.say(f'{name} {value:.2f}, {self.report.metric["fp32"]:.2f} in float32')
@@ -368,8 +371,4 @@ def has_vnni() -> bool:
 
     x86 without VNNI adds two products in 16 bits. Arm does not. Unknown counts as no.
     """
-    try:
-        flags = Path('/proc/cpuinfo').read_text().split()
-    except OSError:
-        return False
-    return not {'avx512_vnni', 'avx_vnni', 'asimddp'}.isdisjoint(flags)
+    return not {'avx512_vnni', 'avx_vnni', 'asimddp'}.isdisjoint(isa_flags())

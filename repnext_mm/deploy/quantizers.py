@@ -13,19 +13,16 @@ float.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..engine.quiet import muffled
 from .errors import DependencyError, UsageError
 from .openvino_core import kept_signal_stack, openvino_core
 from .runtimes import METADATA_KEY
@@ -226,7 +223,7 @@ class OnnxQuantizer(Quantizer):
             def get_next(self) -> Any:
                 return next(self.items, None)
 
-        with _quiet():
+        with muffled():
             for image in images:  # one at a time: the values of all would not fit into memory
                 calibrator.collect_data(Reader(image))
             self.ranges = calibrator.compute_data()
@@ -361,7 +358,7 @@ class OpenVINOQuantizer(Quantizer):
         self.ranges: dict[str, tuple[float, float]] = {}
 
     def write(self, layers: Collection[str]) -> None:
-        with _quiet(), kept_signal_stack():
+        with muffled(), kept_signal_stack():
             import nncf
             from nncf.quantization import advanced_parameters as advanced
             from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -477,17 +474,3 @@ def _layer_name(text: str) -> str:
 
 def _batch(model: Any) -> int:
     return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantisers' progress and advice to themselves."""
-    logger = logging.getLogger('nncf')
-    level = logger.level
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter('ignore')
-            logger.setLevel(logging.ERROR)
-            yield
-    finally:
-        logger.setLevel(level)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -321,9 +320,7 @@ class ExportedProgramArtifact(TorchArtifact):
     def load_module(self) -> None:
         _refuse_pickles(self.path)
         extra = {METADATA_KEY: ''}
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', UserWarning)  # that it reads weights without a copy
-            program = torch.export.load(self.path, extra_files=extra)
+        program = torch.export.load(self.path, extra_files=extra)
         # Its guards say more than which sizes fit: that maps which tracing saw with more than one
         # pixel never have just one, though the operations take either.
         self.module = program.module(check_guards=False)

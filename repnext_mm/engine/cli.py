@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -26,6 +27,7 @@ from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
+from .quiet import announce, quiet_log
 from .rescue import keep_results
 from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
 
@@ -245,6 +247,7 @@ def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> No
     if sample := cfg.get('sample_data_root'):
         _ensure_sample_data(sample)
     if int(os.environ['LOCAL_RANK']) == 0:
+        announce('Checking the data ...')
         check_data(cfg, splits)
         _make_work_dir(Path(cfg.work_dir))
     if line := choose_device(cfg, args.device, args.launcher):
@@ -277,10 +280,12 @@ def import_framework(scope: str | None) -> None:
 
 
 def _ensure_sample_data(root: str) -> None:
+    from rich.progress import track
+
     from ..datasets import shapes
 
     if int(os.environ['LOCAL_RANK']) == 0:
-        shapes.ensure(root)
+        shapes.ensure(root, track=track)
     while shapes.read_marker(root) is None:
         time.sleep(0.1)  # until the process of rank 0 has written it
 
@@ -296,5 +301,15 @@ def _hint_batch_size(cfg: Config, world_size: int) -> None:
         )
 
 
+class QuietRunner(Runner):
+    """mmengine's runner; what nobody can act on is in its log file and not on the screen."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """As mmengine's, before the environment and the config are logged."""
+        logger = super().build_logger(*args, **kwargs)
+        quiet_log(logger)
+        return logger
+
+
 def _build_runner(cfg: Config) -> Runner:
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)

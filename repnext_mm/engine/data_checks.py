@@ -138,7 +138,7 @@ def _check_segmentation(dataset: Any, cls: type, scope: str) -> Sequence[str]:
     if dataset.get('ann_file'):
         ann_file = _join(dataset, dataset.ann_file)
         _require_there(dataset, [ann_file], layout, scope)
-        stems = [line.strip() for line in ann_file.read_text().splitlines() if line.strip()]
+        stems = [line.strip() for line in ann_file.read_text('utf-8').splitlines() if line.strip()]
         images = [images_dir / f'{stem}{image_suffix}' for stem in stems]
         _check_files(images, listed_in=str(ann_file))
     else:
@@ -241,7 +241,7 @@ def _classes(dataset: Any, cls: type) -> Sequence[str]:
                 f'metainfo classes={given!r} is text, not a list of names; for a single class '
                 f'write metainfo=dict(classes=({given!r},)) with the comma.'
             )
-        given = Path(given).read_text().splitlines()
+        given = Path(given).read_text('utf-8').splitlines()
     classes = given if given is not None else getattr(cls, 'METAINFO', {}).get('classes')
     if not classes:
         raise UserError(

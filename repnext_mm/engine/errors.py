@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .quiet import quiet
+
 PACKAGE = Path(__file__).resolve().parent.parent
 TRACEBACK_VARIABLE = 'REPNEXT_MM_TRACEBACK'
 
@@ -53,10 +55,12 @@ def run_tool(main: Callable[[], None]) -> int:
     """Run the body of a command line tool and return its exit code.
 
     An error that the user can mend is printed as one sentence. Any other is a bug and keeps its
-    traceback, and with REPNEXT_MM_TRACEBACK=1 in the environment so does every one.
+    traceback, and with REPNEXT_MM_TRACEBACK=1 in the environment so does every one. Known messages
+    of other packages that are no help are left out, see `quiet`.
     """
     try:
-        main()
+        with quiet():
+            main()
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
