@@ -34,7 +34,7 @@ def _arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    path = [env.pop('first', ''), str(REPO), os.environ.get('PYTHONPATH', '')]
+    path = [env.pop('first', ''), str(REPO), str(REPO / 'tools'), os.environ.get('PYTHONPATH', '')]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path)), **env}
     arguments = [sys.executable, '-W', 'ignore', *map(str, command)]
     return subprocess.run(arguments, capture_output=True, text=True, env=env)
@@ -78,7 +78,7 @@ def test_an_unknown_command_is_one_sentence(
     assert f'no subcommand {typed!r}; {hint}' in line
 
 
-@pytest.mark.parametrize('name', [name for name in COMMANDS if name != 'operators'])
+@pytest.mark.parametrize('name', COMMANDS)
 def test_usage_names_the_command(
     name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,8 +294,7 @@ def read_until(terminal: int, text: str, patience: float = 60) -> str:
 
 def test_completion_knows_every_command(scripts: Path) -> None:
     for name in COMMANDS:
-        if name != 'operators':
-            assert completion.command_parser(name), name
+        assert completion.command_parser(name), name
     assert completion.command_parser('train').prog == 'repnext-mm train'
 
 

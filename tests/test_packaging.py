@@ -30,7 +30,7 @@ STACKS = {
     'onedl': ('constraints-onedl.txt', ('3.11',)),
 }
 CASES = [(stack, python) for stack, (_, pythons) in STACKS.items() for python in pythons]
-PACKAGES = ('repnext_mm', 'repnext_mm_cli')
+PACKAGES = (REPO / 'repnext_mm', REPO / 'tools' / 'repnext_mm_cli')
 # Torch pins these itself, exactly and per platform.
 TORCH_CUDA = re.compile(r'nvidia-|cuda-toolkit$')
 
@@ -185,9 +185,11 @@ def imported_modules(folder: Path) -> dict[str, Path]:
 def test_every_import_is_declared(setup_cfg: configparser.ConfigParser) -> None:
     named = {canonicalize_name(r.name) for _, r in declared(setup_cfg)}
     providers = metadata.packages_distributions()
-    imported = [imported_modules(REPO / package) for package in PACKAGES]
+    imported = [imported_modules(package) for package in PACKAGES]
+    assert all(imported), 'a package is not where it was'
+    own = {package.name for package in PACKAGES}
     for module, path in (item for found in imported for item in found.items()):
-        if module in sys.stdlib_module_names or module in PACKAGES:
+        if module in sys.stdlib_module_names or module in own:
             continue
         assert {canonicalize_name(d) for d in providers.get(module, [])} & named, (
             f'{path.relative_to(REPO)} imports {module}, which setup.cfg does not name'

@@ -96,9 +96,9 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_packages_and_the_configs_alone(source: Path, wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
     wanted = {
-        str(path.relative_to(source))
-        for package in ('repnext_mm', 'repnext_mm_cli')
-        for path in (source / package).rglob('*')
+        str(path.relative_to(folder))
+        for folder, package in ((source, 'repnext_mm'), (source / 'tools', 'repnext_mm_cli'))
+        for path in (folder / package).rglob('*')
         if path.is_file()
     }
     of_mm = [*(source / 'configs').rglob('*'), source / 'model-index.yml']
