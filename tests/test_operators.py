@@ -326,20 +326,27 @@ def test_same_gradients_in_every_run(name: str, device: str) -> None:
 
 
 def test_weight_gradient_is_of_its_own_call(device: str) -> None:
-    """The weight's gradient is kept from the call before only for the same output gradient."""
-    function, _, tensors, args = CASES['deform_conv2d-0']()
-    leaves = [tensor.requires_grad_() for tensor in to(tensors, device=device)]
-    output = function(*leaves, *args)
-    directions = [torch.randn_like(output) for _ in range(2)]
-    both = [
-        torch.autograd.grad(output, leaves, direction, retain_graph=True)[2]
-        for direction in directions
-    ]
-    only_weight = function(leaves[0].detach(), leaves[1].detach(), leaves[2], *args)
-    for grad, direction in zip(both, directions):
-        alone = torch.autograd.grad(only_weight, leaves[2], direction, retain_graph=True)[0]
-        torch.testing.assert_close(grad, alone)
-    assert not torch.allclose(*both)
+    """What the call for the input leaves is used for the same output gradient only, and once."""
+    x, offset, _, weight, _ = to(deform_conv_tensors(GEOMETRIES[0]), device=device)
+    sizes = dict(kW=2, kH=3, dW=1, dH=1, padW=1, padH=1, dilationW=1, dilationH=1)
+    sizes |= dict(group=1, deformable_group=1, im2col_step=2)
+    one, other = (torch.randn(2, 8, 6, 8, device=device) for _ in range(2))
+
+    def weight_grad(grad: Tensor, columns: Tensor) -> Tensor:
+        result = torch.zeros_like(weight)
+        operators.deform_conv_backward_parameters(
+            x, offset, grad, result, columns, columns, scale=2, **sizes
+        )
+        return result
+
+    expected = [weight_grad(grad, x.new_empty(0)) for grad in (one, other)]
+    assert not torch.allclose(*expected)
+    for grad, wanted in zip((one, other), expected):
+        columns = x.new_empty(0)
+        grads = [torch.zeros_like(x), torch.zeros_like(offset)]
+        operators.deform_conv_backward_input(x, offset, one, *grads, weight, columns, **sizes)
+        torch.testing.assert_close(weight_grad(grad, columns), wanted)
+        assert not vars(columns)
 
 
 def test_im2col_step_changes_nothing(device: str) -> None:
