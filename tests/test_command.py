@@ -19,6 +19,7 @@ from conftest import REPO
 from repnext_mm_cli import COMMANDS, __main__, completion, main
 
 from repnext_mm import configs, model_list
+from repnext_mm.deploy.source import load_source
 from repnext_mm.engine.config_file import find_config
 from repnext_mm.engine.errors import UserError
 from repnext_mm.published_results import published_results
@@ -131,6 +132,13 @@ def test_a_folder_of_the_same_name_does_not_hide_a_config(
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'mask_rcnn_repnext_m4_coco').mkdir()
     assert find_config('mask_rcnn_repnext_m4_coco').parent == configs.FOLDER
+
+
+def test_deploy_takes_the_name_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = load_source('semantic_fpn_repnext_m0_ade20k')
+    assert source.config == source.name == 'semantic_fpn_repnext_m0_ade20k'
+    assert load_source('repnext_m0').config is None
 
 
 @pytest.mark.parametrize(
@@ -289,6 +297,15 @@ def test_completion_knows_every_command(scripts: Path) -> None:
         if name != 'operators':
             assert completion.command_parser(name), name
     assert completion.command_parser('train').prog == 'repnext-mm train'
+
+
+def test_completion_says_what_it_leaves_out(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, 'absent', ('repnext_mm_absent:main', 'is not there'))
+    assert completion.command_parser('absent') is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('warning: without the options of repnext-mm absent: No module named')
 
 
 def test_completion_of_an_unknown_shell(capsys: pytest.CaptureFixture) -> None:

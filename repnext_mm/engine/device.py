@@ -46,8 +46,9 @@ def choose_device(cfg: Config, device: str, launcher: str) -> str | None:
     """
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise UserError(
-            '--launcher pytorch needs the processes that torchrun starts; run '
-            'tools/dist_train.sh CONFIG N (or dist_test.sh CONFIG CHECKPOINT N) instead.'
+            '--launcher pytorch needs the processes that torchrun starts: run `torchrun '
+            '--nproc-per-node=N -m repnext_mm_cli train CONFIG --launcher pytorch` (or test), or '
+            'tools/dist_train.sh CONFIG N (or dist_test.sh CONFIG CHECKPOINT N).'
         )
     if get_device() != 'cpu':
         if get_device() == 'cuda' and launcher == 'pytorch':

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import COMMANDS, NAME, load, parser
 
 SHELLS = ('bash', 'zsh')
-HINTS = {
-    'bash': f'eval "$({NAME} completion bash)" in ~/.bashrc',
-    'zsh': f'eval "$({NAME} completion zsh)" in ~/.zshrc, after compinit',
+#: Where each shell looks for the script of a command.
+HOMES = {
+    'bash': f'~/.local/share/bash-completion/completions/{NAME}',
+    'zsh': f'a folder of $fpath, as _{NAME}',
 }
 
 #: Arguments by name and what completes them.
@@ -34,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm completion`; returns the exit code."""
     own = argparse.ArgumentParser(
         prog=f'{NAME} completion',
-        description='Print the completion script of a shell; print it anew after an upgrade.',
-        epilog='; '.join(f'{shell}: {hint}' for shell, hint in HINTS.items()),
+        description='Print the completion script of a shell, for a file; write it anew after an '
+        'upgrade.',
+        epilog='; '.join(f'{shell} reads {home}' for shell, home in HOMES.items()),
     )
     own.add_argument('shell', choices=SHELLS)
     args = own.parse_args(argv)
@@ -90,7 +93,8 @@ def command_parser(command: str) -> argparse.ArgumentParser | None:
 
     try:
         function = load(command)
-    except ImportError:
+    except ImportError as error:
+        print(f'warning: without the options of {NAME} {command}: {error}', file=sys.stderr)
         return None
     parse_args = argparse.ArgumentParser.parse_args
     argparse.ArgumentParser.parse_args = stop  # type: ignore[assignment,method-assign]
