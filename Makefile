@@ -39,7 +39,7 @@ lint: install ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-doctor: ## say what works together here, and how to mend what does not
+doctor: ## say what works together here, and how to fix what does not
 	$(VENV)/bin/python -m repnext_mm_cli doctor
 
 clean: ## remove both virtual environments and the caches

@@ -6,6 +6,7 @@ Compared with the plain references of operator_references.py, and with finite di
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor
 from repnext_mm import operators
 
 mmcv_ops = pytest.importorskip('mmcv.ops', reason='mmcv is not installed')
+
+# Without it torch refuses matrix products on CUDA where algorithms must be deterministic.
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 NARROW = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -74,7 +78,9 @@ def deform_roi_pool(ratio: int, with_offset: bool) -> Case:
 
     # The RoIs stand between two tensors with gradients.
     def arranged(function: Callable) -> Callable:
-        return lambda features, *offset: function(features, rois, *(offset or (None,)), *rest)
+        return lambda features, *offset: function(
+            features, rois.to(features.device), *(offset or (None,)), *rest
+        )
 
     tensors = [features, torch.randn(5, 2, 3, 2)] if with_offset else [features]
     sides = (mmcv_ops.deform_roi_pool, plain.deform_roi_pool)
@@ -207,6 +213,21 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+ONE_OF_EACH = [
+    'roi_align-avg-0-True',
+    'roi_align-max-2-False',
+    'roi_pool-1.0',
+    'deform_roi_pool-2-True',
+    'deform_conv2d-2',
+    'modulated_deform_conv2d-3-True',
+    'sigmoid_focal_loss-True-sum',
+    'softmax_focal_loss-True-sum',
+    'carafe-5',
+    'ms_deform_attn',
+    'psa_mask-0-(7, 5)',
+]
+
+
 def to(values: Any, **kwargs: Any) -> list:
     """The values with their floating-point tensors converted and all tensors moved."""
     moved = []
@@ -250,22 +271,7 @@ def test_gradients_equal_finite_differences(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize('dtype', NARROW, ids=str)
-@pytest.mark.parametrize(
-    'name',
-    [
-        'roi_align-avg-0-True',
-        'roi_align-max-2-False',
-        'roi_pool-1.0',
-        'deform_roi_pool-2-True',
-        'deform_conv2d-2',
-        'modulated_deform_conv2d-3-True',
-        'sigmoid_focal_loss-True-sum',
-        'softmax_focal_loss-True-sum',
-        'carafe-5',
-        'ms_deform_attn',
-        'psa_mask-0-(7, 5)',
-    ],
-)
+@pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_every_precision(name: str, dtype: torch.dtype, device: str) -> None:
     function, _, tensors, args = CASES[name]()
     # float64 of the same rounded values
@@ -293,20 +299,7 @@ def test_no_rois(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(grad, torch.zeros_like(tensors[0]))
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'roi_align-avg-0-True',
-        'roi_align-max-0-True',
-        'roi_pool-1.0',
-        'deform_conv2d-1',
-        'modulated_deform_conv2d-1-True',
-        'carafe-grouped',
-        'ms_deform_attn',
-        'psa_mask-1-(7, 5)',
-        'sigmoid_focal_loss-True-sum',
-    ],
-)
+@pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_inputs_that_are_not_contiguous(name: str, device: str) -> None:
     function, _, tensors, args = CASES[name]()
     expected = run(function, to(tensors, device=device), to(args, device=device))
@@ -316,19 +309,7 @@ def test_inputs_that_are_not_contiguous(name: str, device: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'roi_align-avg-0-True',
-        'roi_align-max-0-True',
-        'roi_pool-1.0',
-        'deform_conv2d-1',
-        'modulated_deform_conv2d-1-True',
-        'carafe-5',
-        'ms_deform_attn',
-        'deform_roi_pool-2-True',
-    ],
-)
+@pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_same_gradients_in_every_run(name: str, device: str) -> None:
     """As mmengine's `deterministic=True` asks for, also where CUDA adds in any order."""
     function, _, tensors, args = CASES[name]()
@@ -345,20 +326,27 @@ def test_same_gradients_in_every_run(name: str, device: str) -> None:
 
 
 def test_weight_gradient_is_of_its_own_call(device: str) -> None:
-    """The weight's gradient is kept from the call before only for the same output gradient."""
-    function, _, tensors, args = CASES['deform_conv2d-0']()
-    leaves = [tensor.requires_grad_() for tensor in to(tensors, device=device)]
-    output = function(*leaves, *args)
-    directions = [torch.randn_like(output) for _ in range(2)]
-    both = [
-        torch.autograd.grad(output, leaves, direction, retain_graph=True)[2]
-        for direction in directions
-    ]
-    only_weight = function(leaves[0].detach(), leaves[1].detach(), leaves[2], *args)
-    for grad, direction in zip(both, directions):
-        alone = torch.autograd.grad(only_weight, leaves[2], direction, retain_graph=True)[0]
-        torch.testing.assert_close(grad, alone)
-    assert not torch.allclose(*both)
+    """What the call for the input leaves is used for the same output gradient only, and once."""
+    x, offset, _, weight, _ = to(deform_conv_tensors(GEOMETRIES[0]), device=device)
+    sizes = dict(kW=2, kH=3, dW=1, dH=1, padW=1, padH=1, dilationW=1, dilationH=1)
+    sizes |= dict(group=1, deformable_group=1, im2col_step=2)
+    one, other = (torch.randn(2, 8, 6, 8, device=device) for _ in range(2))
+
+    def weight_grad(grad: Tensor, columns: Tensor) -> Tensor:
+        result = torch.zeros_like(weight)
+        operators.deform_conv_backward_parameters(
+            x, offset, grad, result, columns, columns, scale=2, **sizes
+        )
+        return result
+
+    expected = [weight_grad(grad, x.new_empty(0)) for grad in (one, other)]
+    assert not torch.allclose(*expected)
+    for grad, wanted in zip((one, other), expected):
+        columns = x.new_empty(0)
+        grads = [torch.zeros_like(x), torch.zeros_like(offset)]
+        operators.deform_conv_backward_input(x, offset, one, *grads, weight, columns, **sizes)
+        torch.testing.assert_close(weight_grad(grad, columns), wanted)
+        assert not vars(columns)
 
 
 def test_im2col_step_changes_nothing(device: str) -> None:
@@ -526,6 +514,15 @@ def test_outputs_carry_no_graph() -> None:
     boxes = make_boxes(5)[0].requires_grad_()
     assert not mmcv_ops.bbox_overlaps(boxes, boxes).requires_grad
     assert not operators.nms(boxes, boxes[:, 0], 0.5, 0).requires_grad
+
+
+def test_what_mmcv_reports() -> None:
+    from mmcv.utils import collect_env
+
+    report = collect_env()
+    assert report['MMCV Compiler'].startswith('torchvision 0.')
+    cuda = report['MMCV CUDA Compiler']
+    assert cuda == 'not available' or torch.version.cuda.startswith(cuda.split('.')[0])
 
 
 def test_softmax_focal_loss_refuses_a_class_that_is_none() -> None:
