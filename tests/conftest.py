@@ -89,6 +89,14 @@ def published(data_root: Path) -> dict:
     return json.loads((data_root.parent / 'published' / 'results.json').read_text())
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code that torch compiled for one instruction set computes NaN when another one reuses it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path_factory.mktemp('inductor')))
+        yield
+
+
 @functools.cache
 def inductor_problem() -> str | None:
     """Why torch cannot generate code for this CPU here, if it cannot."""
