@@ -145,26 +145,35 @@ def roi_pool() -> Iterator[tuple[str, Arguments]]:
 
 
 def deform_roi_pool() -> Iterator[tuple[str, Arguments]]:
-    features = feature_map()
-    where, size = rois(features), dict(pooled_height=pick(1, 3), pooled_width=pick(1, 4))
-    shape = (len(where), features.shape[1], *size.values())
-    offset = pick(torch.zeros(0), torch.randn(len(where), 2, *size.values()))
-    common = dict(
-        **size,
-        input=features,
-        rois=where,
-        offset=offset,
-        spatial_scale=pick(1.0, 0.5),
-        sampling_ratio=pick(0, 2),
-        gamma=0.1,
-    )
-    yield 'deform_roi_pool_forward', dict(output=torch.zeros(shape), **common)
-    grads = dict(
-        grad_output=torch.randn(shape),
-        grad_input=torch.zeros_like(features),
-        grad_offset=torch.zeros_like(offset),
-    )
-    yield 'deform_roi_pool_backward', dict(**grads, **common)
+    features = torch.randn(pick(1, 2), pick(1, 4), 6, 7)
+    size = dict(pooled_height=pick(1, 3), pooled_width=pick(1, 4))
+    # Inside the map: at its border the compiled gradient of the offsets is not that of the output.
+    inside = torch.cat([torch.full((2,), 2.0), torch.full((2,), 3.1)]) + torch.rand(pick(1, 4), 4)
+    image = torch.randint(len(features), (len(inside), 1))
+    where = dict(forward=rois(features), backward=torch.cat([image, inside], 1))
+    for direction, boxes_ in where.items():
+        shape = (len(boxes_), features.shape[1], *size.values())
+        offset = pick(torch.zeros(0), torch.randn(len(boxes_), 2, *size.values()).clamp(-2, 2))
+        tensors = dict(output=torch.zeros(shape))
+        if direction == 'backward':
+            tensors = dict(
+                grad_output=torch.randn(shape),
+                grad_input=torch.zeros_like(features),
+                grad_offset=torch.zeros_like(offset),
+            )
+        yield (
+            f'deform_roi_pool_{direction}',
+            dict(
+                **size,
+                **tensors,
+                input=features,
+                rois=boxes_,
+                offset=offset,
+                spatial_scale=pick(1.0, 0.5),
+                sampling_ratio=pick(0, 2),
+                gamma=0.1,
+            ),
+        )
 
 
 def _convolution() -> tuple[Arguments, dict[str, tuple[int, int]], dict[str, int], Tensor]:
