@@ -157,7 +157,7 @@ class Trial:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         if variant.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         self.model = model
         self.settings = settings
         self.train = subject.train

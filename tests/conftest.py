@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -48,6 +50,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for group in (files, *files):
         shuffle(group)
     items[:] = itertools.chain.from_iterable(files)
+
+
+def forget_runs() -> None:
+    """Drop what mmengine keeps of runs by name, as a new process has none of it.
+
+    Names hold the second of the start, so that quick runs would share it; a visualizer's is
+    always the same.
+    """
+    for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_runs() -> None:
+    forget_runs()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from blocking import block
-from conftest import REPO, randomise
+from conftest import REPO, forget_runs, randomise
 from tool_runs import environment, run_here, succeed
 
 from repnext_mm import RecNeXt, RepNeXt, reparameterize
@@ -177,6 +177,7 @@ def test_json_is_all_there_is_on_stdout(
     printed = json.loads(captured.out)
     assert printed == json.loads((tmp_path / 'report.json').read_text())
     assert 'ok: ' in captured.err
+    forget_runs()  # as in a process of its own
     assert deploy(*argv, '--force', '--quiet') == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ('', '')

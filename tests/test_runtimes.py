@@ -68,7 +68,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize('name, runtime', zip(EXPORTERS, RUNTIMES))
+@pytest.mark.parametrize('name, runtime', [*zip(EXPORTERS, RUNTIMES)])
 def test_every_format_computes_what_it_says(artifacts: Path, name: str, runtime: str) -> None:
     images = torch.randn(1, 3, *SIZE)
     with torch.no_grad():

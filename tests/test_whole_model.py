@@ -71,7 +71,7 @@ def test_it_is_timed_against_the_trained_one(
     argv = [str(model.config), str(model.checkpoint), '--scope=model', '--bench', '--size=64x96']
     argv += ['--rounds=2', '--budget-s=2', '--json', f'--work-dir={tmp_path / "out"}']
     assert deploy_main(argv) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = json.loads(capsys.readouterr().out)
     assert Path(result['weights']).exists()
     rows = result['bench']['rows']
     assert [row['variant'] for row in rows] == ['trained', 'fused']

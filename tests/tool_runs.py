@@ -19,11 +19,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from conftest import REPO
+from conftest import REPO, forget_runs
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import HOOKS
-from mmengine.visualization import Visualizer
 
 from repnext_mm.datasets import shapes
 from repnext_mm.engine import atomic_checkpoint
@@ -87,9 +85,7 @@ def run_here(
     """As `run`, in this process, which has imported everything already."""
     command = [*map(str, args)]
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
-    # mmengine keeps these by name, and a visualizer's is always the same.
-    for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
-        kind._instance_dict.clear()
+    forget_runs()
     with contextlib.ExitStack() as stack:
         stack.callback(os.chdir, before)
         stack.enter_context(mock.patch.dict(os.environ, {'LOCAL_RANK': '0', **env}))

@@ -7,7 +7,9 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -201,13 +203,14 @@ def _export(args: argparse.Namespace) -> None:
     formats = [(row, row.name in text.split(',')) for row in choose_formats(text)]
     others = {name: getattr(args, name) for name in ('opset', 'ios_target', 'device')}
     log = _log(args)
-    source = load_source(
-        args.model,
-        args.checkpoint,
-        out_indices=args.out_indices,
-        allow_partial=args.allow_partial,
-        seed=args.seed,
-    )
+    with _talk(args):
+        source = load_source(
+            args.model,
+            args.checkpoint,
+            out_indices=args.out_indices,
+            allow_partial=args.allow_partial,
+            seed=args.seed,
+        )
     options = Options(
         formats,
         sizes=args.size,
@@ -255,15 +258,17 @@ def _export_model(args: argparse.Namespace) -> None:
     if not is_config_name(args.model) or args.checkpoint is None:
         raise UsageError('--scope model needs the config of a training and its checkpoint.')
     folder = args.work_dir or Path('work_dirs', 'deploy', Path(args.model).stem)
-    weights, config = save_whole_model(
-        args.model, args.checkpoint, folder, args.plan, force=args.force
-    )
+    with _talk(args):
+        weights, config = save_whole_model(
+            args.model, args.checkpoint, folder, args.plan, force=args.force
+        )
     result: dict[str, Any] = {'weights': str(weights), 'config': str(config)}
     if args.bench:
         (size,), trained = args.size, (args.model, args.checkpoint)
-        result['bench'] = time_whole_model(
-            trained, (weights, config), size, threads=args.threads, schedule=_schedule(args)
-        )
+        with _talk(args):
+            result['bench'] = time_whole_model(
+                trained, (weights, config), size, threads=args.threads, schedule=_schedule(args)
+            )
         title = f'One prediction at {size[0]}x{size[1]}, PyTorch on the CPU'
         tables.show(result['bench'], title, _log(args))
     if args.json:
@@ -365,6 +370,13 @@ def _log(args: argparse.Namespace) -> Console:
     if not console.is_terminal:  # a file needs no folded lines
         console.width = WIDTH
     return console
+
+
+def _talk(args: argparse.Namespace) -> redirect_stdout:
+    """The same for mmengine's logger, which keeps the stdout that it finds when it is made."""
+    if args.quiet:
+        return redirect_stdout(StringIO())
+    return redirect_stdout(sys.stderr if args.json else sys.stdout)
 
 
 def _finish(args: argparse.Namespace, report: Report, log: Console) -> None:
