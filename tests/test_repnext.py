@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from networks import TINY as NETWORKS
 from networks import grads, tiny
 
 from repnext_mm import RepNeXt
+from repnext_mm.operators.installation import ONE_LINE
 
 TINY = NETWORKS['repnext_m'][1]
 
@@ -87,8 +92,16 @@ def test_wrong_arguments_say_what_is_allowed(kwargs, error, words):
 @pytest.mark.parametrize(
     'name, imports', [('RepNeXt', 'import repnext_mm'), ('repnext_mm.RepNeXt', 'pass')]
 )
-def test_builds_from_the_registries_of_mmdet_and_mmseg(name, imports):
-    """In a fresh process: whether the package is imported beforehand is the point."""
+def test_builds_from_the_registries_of_mmdet_and_mmseg(name, imports, tmp_path):
+    """In a fresh process: whether the package is imported beforehand is the point.
+
+    Without it, an mmcv that is not compiled needs what `repnext-mm operators --install` writes.
+    """
+    mmcv = Path(importlib.util.find_spec('mmcv').origin).parent
+    if not list(mmcv.glob('_ext*.so')):
+        copy = shutil.copytree(mmcv, tmp_path / 'mmcv', ignore=shutil.ignore_patterns('csrc'))
+        (copy / '_ext.py').write_text(ONE_LINE)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get('PYTHONPATH')]))
     code = f"""
 {imports}
 from importlib import import_module
@@ -98,7 +111,13 @@ for scope in ('mmdet', 'mmseg'):
     assert type(model).__module__ == 'repnext_mm.backbones.repnext'
     print(scope, model.out_channels)
 """
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=REPO)
+    run = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={**os.environ, 'PYTHONPATH': path},
+    )
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith('mm')]
     assert lines == [f'{scope} (40, 80, 160, 320)' for scope in ('mmdet', 'mmseg')]

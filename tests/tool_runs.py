@@ -23,12 +23,19 @@ from conftest import REPO, forget_runs
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from repnext_mm import atomic_files
 from repnext_mm.datasets import shapes
-from repnext_mm.engine import atomic_checkpoint
 
 CONFIGS = {
     'det': REPO / 'configs' / 'mask_rcnn_repnext_m0_shapes.py',
     'seg': REPO / 'configs' / 'semantic_fpn_repnext_m0_shapes.py',
+}
+#: Which tool calls a function, for `run_here`.
+TOOLS = {
+    'train_main': 'train.py',
+    'evaluate_main': 'test.py',
+    'deploy_main': 'deploy.py',
+    'demo_main': 'demo.py',
 }
 FOLDERS = {'det': 'coco', 'seg': 'ade'}
 
@@ -84,6 +91,7 @@ def run_here(
 ) -> subprocess.CompletedProcess:
     """As `run`, in this process, which has imported everything already."""
     command = [*map(str, args)]
+    tool = str(REPO / 'tools' / TOOLS.get(main.__name__, ''))
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     forget_runs()
     with contextlib.ExitStack() as stack:
@@ -95,6 +103,7 @@ def run_here(
         stack.enter_context(mock.patch.object(logging, 'raiseExceptions', False))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(mock.patch.object(sys, 'argv', [tool, *command]))
         os.chdir(cwd)
         try:
             code = main(command)
@@ -107,7 +116,7 @@ def script(tool: str) -> Callable[[Sequence[str]], int]:
     """A tool for `run_here`, from its first line to its last."""
 
     def main(argv: Sequence[str]) -> int:
-        with mock.patch.object(sys, 'argv', [tool, *argv]):
+        with mock.patch.object(sys, 'argv', [str(REPO / 'tools' / tool), *argv]):
             runpy.run_path(str(REPO / 'tools' / tool), run_name='__main__')
         return 0
 
@@ -144,7 +153,7 @@ class Probe(Hook):
     def __init__(self, path: str, dies_writing: str | None = None) -> None:
         self.path = path
         if dies_writing is not None:
-            atomic_checkpoint.open = functools.partial(_open, dies_writing)
+            atomic_files.open = functools.partial(_open, dies_writing)
 
     def _write(self, **record: Any) -> None:
         with open(self.path, 'a') as file:

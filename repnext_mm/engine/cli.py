@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, ensure_safe
 from ..deploy.exported_backbone import introduce, put_in_place
+from ..operators import explain as explain_operators
 from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
@@ -273,8 +274,9 @@ def import_framework(scope: str | None) -> None:
         module = import_module(f'{scope}.utils')
         module.register_all_modules(init_default_scope=False)
     except (ImportError, AssertionError) as error:
+        reason = explain_operators(error) or ' '.join(str(error).split())
         raise UserError(
-            f'{scope} cannot be used: {" ".join(str(error).split())}; '
+            f'{scope} cannot be used: {reason.rstrip(".")}; '
             '`repnext-mm doctor` says what to install.'
         ) from error
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..program import program
 from .installation import LITE, ONE_LINE, Mmcv, describe
 
 
@@ -23,7 +24,7 @@ class _Refusal(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 1 after one sentence on stderr."""
     parser = argparse.ArgumentParser(
-        'repnext-mm operators',
+        prog=program('operators'),
         description='Say which operators mmcv uses: its compiled ones, or those of torchvision.',
     )
     action = parser.add_mutually_exclusive_group()
