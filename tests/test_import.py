@@ -23,21 +23,35 @@ LATER = (
 )
 
 
-def run(code: str) -> str:
+#: Runs programs, each in a process of its own that has imported torch alone.
+FORKS = """
+import json, os, sys, torch
+for program in json.loads(sys.argv[1]):
+    if not (child := os.fork()):
+        exec(program)
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f'failed: {program}')
+"""
+
+
+def run(*programs: str) -> list[str]:
+    """What each of the programs prints in one line."""
     path = [str(REPO), os.environ.get('PYTHONPATH', '')]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path))}
-    command = [sys.executable, '-W', 'ignore', '-c', code]
+    command = [sys.executable, '-W', 'ignore', '-c', FORKS, json.dumps(programs)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()
 
 
 @pytest.mark.compat
 def test_the_import_brings_neither_timm_nor_mmengines_models() -> None:
     # Torch itself may bring some: they are not ours to count.
-    code = 'import sys, torch, json; before = set(sys.modules); import repnext_mm; '
+    code = 'import sys, json; before = set(sys.modules); import repnext_mm; '
     code += 'print(json.dumps(sorted(set(sys.modules) - before)))'
-    brought = set(json.loads(run(code)))
+    brought = set(json.loads(run(code)[0]))
     assert 'mmengine.registry' in brought
     assert brought.isdisjoint(LATER)
 
@@ -49,24 +63,20 @@ import sys, repnext_mm
 repnext_mm.RepNeXt('m0')
 print('timm' in sys.modules, 'torchvision' in sys.modules)
 """
-    assert run(code) == 'False False'
+    assert run(code) == ['False False']
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(
-    'registry, config, module',
-    [
+def test_a_config_finds_it_after_the_import_alone() -> None:
+    named = (
         ('MODELS', dict(type='RepNeXt', arch='m0'), 'backbones.repnext'),
         ('MODELS', dict(type='repnext_mm.RepNeXt', arch='m0'), 'backbones.repnext'),
         ('MODELS', dict(type='RecNeXt', arch='m0'), 'backbones.recnext'),
         ('MODELS', dict(type='InceptionNeXt', arch='atto'), 'backbones.inception_next'),
         ('HOOKS', dict(type='AtomicCheckpointHook', interval=1), 'engine.atomic_checkpoint'),
         ('HOOKS', dict(type='CompileBackbone', mode='max-autotune'), 'engine.compile'),
-    ],
-    ids=lambda value: value['type'] if isinstance(value, dict) else None,
-)
-def test_a_config_finds_it_after_the_import_alone(registry: str, config: dict, module: str) -> None:
-    code = f"""
+    )
+    code = """
 from mmengine.registry import {registry}, Registry
 import repnext_mm
 child = Registry('child', parent={registry}, scope='child', locations=['child'])
@@ -78,7 +88,8 @@ name = config['type'].split('.')[-1]
 assert type(built[0]) is {registry}.get(name)
 print(type(built[0]).__module__, name == type(built[0]).__name__)
 """
-    assert run(code) == f'repnext_mm.{module} True'
+    programs = [code.format(registry=registry, config=config) for registry, config, _ in named]
+    assert run(*programs) == [f'repnext_mm.{module} True' for *_, module in named]
 
 
 @pytest.mark.compat
@@ -104,7 +115,7 @@ get_file_backend(backend_args=dict(backend='atomic_local'))
 names = [entry[1] for entry in torch.serialization.get_safe_globals() if type(entry) is tuple]
 print('mmengine.logging.history_buffer.HistoryBuffer' in names)
 """
-    assert run(code) == 'True'
+    assert run(code)[-1] == 'True'
 
 
 def test_a_file_finds_its_family_though_no_network_was_built() -> None:
@@ -113,20 +124,17 @@ import repnext_mm
 from repnext_mm.checkpoints.matching import families
 print(sorted(family.__name__ for family in families()))
 """
-    assert run(code) == "['InceptionNeXt', 'RecNeXt', 'RepNeXt']"
+    assert run(code) == ["['InceptionNeXt', 'RecNeXt', 'RepNeXt']"]
 
 
 def test_every_export_is_there() -> None:
-    for package in (
-        'repnext_mm',
-        *(f'repnext_mm.{n}' for n in ('backbones', 'checkpoints', 'engine')),
-    ):
-        code = f"""
+    packages = ('repnext_mm', *(f'repnext_mm.{n}' for n in ('backbones', 'checkpoints', 'engine')))
+    code = """
 import importlib
 package = importlib.import_module({package!r})
 print([name for name in package.__all__ if not hasattr(package, name)])
 """
-        assert run(code) == '[]', package
+    assert run(*(code.format(package=package) for package in packages)) == ['[]'] * 4
 
 
 def test_exports_are_the_classes_themselves(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_no_data(
     sentence = fails(train, REPO / 'configs' / config)
     assert f'no data at {looked_in} (looked in {tmp_path / looked_in})' in sentence
     assert layout in sentence
-    assert sentence.endswith(f'python tools/train.py {sample}')
+    assert sentence.endswith(f'repnext-mm train {sample}')
     assert look_up(sample)
 
 

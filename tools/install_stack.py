@@ -352,8 +352,7 @@ def install(stack: str, venv: Path, rebuild: bool) -> None:
     python = venv / 'bin' / 'python'
     logs = venv.with_name(venv.name + '-logs')
     steps = Steps(6 if compiles else 4, logs)
-    # Python compiles what is imported when it is imported; all of torch would take half a minute.
-    get = [*pip(python, 'install'), '--no-compile', '--constraint', str(CONSTRAINTS[stack])]
+    get = [*pip(python, 'install'), '--constraint', str(CONSTRAINTS[stack])]
     tools = ['pip', 'setuptools', 'wheel', *(['ninja'] if compiles else [])]
     steps.run('virtual environment', [BASE_PYTHON, '-m', 'venv', str(venv)])
     steps.run('pip and build tools', [*get, '--upgrade', *tools])
