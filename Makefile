@@ -31,7 +31,8 @@ reinstall: ## set it up anew
 demo: install ## train and evaluate a small Mask R-CNN on the sample data set
 	$(VENV)/bin/python tools/demo.py $(ARGS)
 
-test: lint ## lint, then every test (MARK=compat: those marked so)
+# Types are those of the newest torch.
+test: $(if $(filter mm,$(STACK)),lint,install) ## lint (default stack), then every test (MARK=compat: those marked so)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(if $(MARK),-m '$(MARK)') $(ARGS)
 
 lint: install ## ruff and mypy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import re
@@ -322,8 +323,9 @@ class ExportedProgramArtifact(TorchArtifact):
         extra = {METADATA_KEY: ''}
         program = torch.export.load(self.path, extra_files=extra)
         # Its guards say more than which sizes fit: that maps which tracing saw with more than one
-        # pixel never have just one, though the operations take either.
-        self.module = program.module(check_guards=False)
+        # pixel never have just one, though the operations take either. Older torch makes none.
+        has_guards = 'check_guards' in inspect.signature(program.module).parameters
+        self.module = program.module(**({'check_guards': False} if has_guards else {}))
         self.metadata = _metadata(self, extra)
 
 
