@@ -26,7 +26,7 @@ from repnext_mm.deploy.cli import deploy_main, format_table
 from repnext_mm.deploy.errors import UsageError
 from repnext_mm.deploy.exporters import Job
 from repnext_mm.deploy.folders import make_folder
-from repnext_mm.deploy.formats import FORMATS, choose_formats
+from repnext_mm.deploy.formats import FORMATS, TORCH_EXPORT, choose_formats
 from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import NAMES, load_source
 
@@ -361,6 +361,16 @@ def test_a_missing_package(tmp_path: Path) -> None:
     assert not (tmp_path / 'work_dirs').exists()
 
 
+def test_a_package_that_is_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FORMATS['pt2'].packages, 'torch', 'torch>=999')
+    argv = ('repnext_m0', '--size', 64, '--format', 'pt2', '--work-dir', tmp_path / 'out')
+    assert deploy(*argv) == 4
+    assert '--format pt2 needs torch>=999, not installed here' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 def test_all_skips_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,9 +524,10 @@ def test_extras_install_what_formats_need() -> None:
         for name, text in config['options.extras_require'].items()
     }
     for row in FORMATS.values():
-        if row.packages:
-            assert set(row.packages.values()) == extras[row.name]
-        needed = {*row.packages.values(), *row.int8_packages.values()}
+        packages = set(row.packages.values()) - {*TORCH_EXPORT.values()}  # torch is no extra
+        if packages:
+            assert packages == extras[row.name]
+        needed = packages | {*row.int8_packages.values()}
         assert needed <= extras['deploy']
         if 'int8' in row.dtypes:
             assert needed <= extras['int8']

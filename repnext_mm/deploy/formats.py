@@ -8,7 +8,10 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from . import exporters, inspection
 from .errors import DependencyError, UsageError
@@ -59,9 +62,9 @@ class Format:
     has_operations: bool = True
 
     def missing(self, dtype: str | None = None) -> list[str]:
-        """Requirements that are not installed."""
+        """Requirements that are not installed in a version that they allow."""
         needed = {**self.packages, **(self.int8_packages if dtype == 'int8' else {})}
-        return [name for module, name in needed.items() if not _installed(module)]
+        return [line for module, line in needed.items() if not _installed(module, line)]
 
     def check_installed(self, dtype: str | None = None) -> None:
         """Raise DependencyError, with the command that mends it, where a package is missing."""
@@ -88,6 +91,8 @@ ONNX_PACKAGES = {
 OPENVINO_PACKAGES = {'openvino': 'openvino>=2025.2'}
 COREML_PACKAGES = {'coremltools': 'coremltools>=9.0'}
 NNCF = {'nncf': 'nncf>=2.18'}
+#: Older torch writes an exported program as a Python pickle, which is never opened here.
+TORCH_EXPORT = {'torch': 'torch>=2.9'}
 
 FORMATS: dict[str, Format] = {
     row.name: row
@@ -108,6 +113,7 @@ FORMATS: dict[str, Format] = {
             exporters.export_pt2,
             inspection.operations_pt2,
             runtime='torch.export',
+            packages=TORCH_EXPORT,
         ),
         Format(
             'aoti',
@@ -116,6 +122,7 @@ FORMATS: dict[str, Format] = {
             exporters.export_aoti,
             inspection.operations_aoti,
             runtime='aotinductor',
+            packages=TORCH_EXPORT,
             options=('device',),
         ),
         Format(
@@ -168,11 +175,19 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _installed(module: str) -> bool:
+def _installed(module: str, requirement: str) -> bool:
+    """Whether a module is there, in a version that the requirement allows."""
     try:
-        return importlib.util.find_spec(module) is not None
+        if importlib.util.find_spec(module) is None:
+            return False
     except ImportError:
         return False
+    required = Requirement(requirement)
+    try:
+        version = metadata.version(required.name)
+    except metadata.PackageNotFoundError:  # not by pip: its version is unknown
+        return True
+    return required.specifier.contains(version, prereleases=True)
 
 
 def install_command(requirements: Sequence[str]) -> str:
