@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -346,6 +347,11 @@ def test_instruction_sets_are_those_that_the_kernel_lists(
     text = None if lines is None else f'processor\t: 0\nmodel name\t: avx2 bf16\n{lines}\n'
     monkeypatch.setattr(environment, '_read', {'/proc/cpuinfo': text}.get)
     assert environment.isa_flags() == flags
+
+
+def test_a_system_without_a_load_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, 'getloadavg', raising=False)
+    assert environment.load_average() is None
 
 
 @pytest.mark.parametrize('busy, own, load, headline', [(10, 9.95, 9, True), (10, 3, 0, False)])

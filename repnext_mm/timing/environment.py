@@ -92,7 +92,7 @@ def load_average() -> float | None:
     """Processes that wanted a core, averaged over the last minute."""
     try:
         return round(os.getloadavg()[0], 2)
-    except OSError:
+    except (AttributeError, OSError):  # Windows has no such function
         return None
 
 
