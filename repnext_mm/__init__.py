@@ -25,6 +25,7 @@ from . import (
 )
 from .checkpoints.safe_globals import allow_mmengine_checkpoints
 from .lazy import lazy_attributes, register_lazily
+from .network import Network
 
 if TYPE_CHECKING:
     from .backbones import InceptionNeXt, RecNeXt, RepNeXt
@@ -57,7 +58,7 @@ __getattr__ = lazy_attributes(
 )
 
 for _name in ('InceptionNeXt', 'RecNeXt', 'RepNeXt'):
-    register_lazily(MODELS, _name, '.backbones')
+    register_lazily(MODELS, _name, '.backbones', base=Network)
 register_lazily(MODELS, 'ExportedBackbone', '.deploy.exported_backbone')
 register_lazily(HOOKS, 'AtomicCheckpointHook', '.engine.atomic_checkpoint')
 register_lazily(HOOKS, 'CompileBackbone', '.engine.compile')

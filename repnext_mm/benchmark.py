@@ -19,21 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from .backbones import PyramidBackbone
-from .layers import (
-    GELU,
-    ChunkConv,
-    CopyConv,
-    Downsample,
-    MetaNeXtBlock,
-    RecursiveAttention,
-    RepMixer,
-    configure,
-)
-from .layers.recursive import SharedRecursiveConv
-from .layers.upsample import Upsample
-from .model_table import FAMILIES
-from .reparam import PLANS, reparameterize
+from .backbones import FAMILIES, PyramidBackbone
+from .backbones.recconv import SharedRecursiveConv, Upsample
+from .backbones.recnext import RecursiveAttention, RepMixer
+from .backbones.repnext import ChunkConv, CopyConv
+from .layers.blocks import GELU, Downsample, MetaNeXtBlock
+from .layers.execution import set_execution
+from .network import PLANS
+from .reparam import reparameterize
 from .timing import (
     CallRunner,
     Deadline,
@@ -314,7 +307,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 #: Forms to train, by the arguments that build them; 'merged' is the default of the package.
 TRAIN_FORMS: dict[str, dict[str, Any]] = {
-    'branches': dict(train_form='branches'),
+    'branches': dict(fast=False),
     'merged': dict(),
     'merged_nchw': dict(channels_last=False),
     'save_memory': dict(save_memory=True),
@@ -336,7 +329,9 @@ def inference(name: str, settings: Settings) -> Subject:
     family, arch = parse_arch(name)
 
     def fused(plan: Any) -> nn.Module:
-        return reparameterize(family(arch).eval(), plan, accept_inexact=('border',))
+        # The reference computes what the published code does.
+        network = family(arch, fast=plan != 'upstream').eval()
+        return reparameterize(network, plan, accept_inexact=True)
 
     forms: dict[str, Callable[[], nn.Module]] = {plan: partial(fused, plan) for plan in PLANS}
     shape = (settings.batch, 3, *settings.size)
@@ -346,7 +341,7 @@ def inference(name: str, settings: Settings) -> Subject:
 def _train_forms(build: Callable[[int], nn.Module]) -> dict[str, Callable[[int], nn.Module]]:
     def formed(form: str, channels: int) -> nn.Module:
         layer = build(channels)
-        configure(layer, train_form=form)
+        set_execution(layer, fast=form == 'merged')
         return layer
 
     return {form: partial(formed, form) for form in ('branches', 'merged')}

@@ -30,12 +30,20 @@ def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str],
 def register_lazily(registry: Registry, name: str, module: str, base: type = object) -> None:
     """Register a class whose module is imported when the first instance is built.
 
-    Until then the registry holds a stand-in: a subclass of `base` that builds the real thing. The
-    module replaces it: its class is registered under the same name with `force=True`.
+    Until then the registry contains a stand-in: a subclass of `base` that builds the real thing.
+    The module replaces it: its class is registered under the same name with `force=True`.
     """
 
-    def build(stand_in: type, *args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(module, __package__), name)(*args, **kwargs)
+    def import_class() -> Any:
+        return getattr(import_module(module, __package__), name)
 
-    stand_in = type(name, (base,), {'__new__': build, '__module__': __name__})
+    def build(stand_in: type, *args: Any, **kwargs: Any) -> Any:
+        return import_class()(*args, **kwargs)
+
+    members = {
+        '__new__': build,
+        '__module__': __name__,
+        'import_class': staticmethod(import_class),
+    }
+    stand_in = type(name, (base,), members)
     registry.register_module(name=name, module=stand_in)

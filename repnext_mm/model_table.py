@@ -18,8 +18,8 @@ from .backbones import InceptionNeXt, PyramidBackbone, RecNeXt, RepNeXt
 from .checkpoints import PUBLISHED
 from .checkpoints.published import names_for
 from .complexity import count_macs, count_parameters
+from .network import PLANS
 from .published_results import METHODS, published, top1
-from .reparam.plans import PLANS
 
 FAMILIES: dict[str, type[PyramidBackbone]] = {
     'repnext': RepNeXt,
@@ -35,7 +35,7 @@ PAPERS = {
 FORMS = ('training', *PLANS)
 SIZES = (224, 512)
 #: Published sizes are those of fused classifiers, but for InceptionNeXt, whose code does not fuse.
-PUBLISHED_FORM = {'repnext': 'exact', 'recnext': 'exact', 'inception_next': 'training'}
+PUBLISHED_FORM = {'repnext': 'full', 'recnext': 'full', 'inception_next': 'training'}
 
 
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
@@ -59,7 +59,7 @@ def measure(family: str, arch: str) -> Record:
     with torch.device('meta'):
         for form in FORMS:
             deploy = False if form == 'training' else form
-            model = FAMILIES[family](arch, deploy=deploy, train_form='branches').eval()
+            model = FAMILIES[family](arch, deploy=deploy, fast=False).eval()
             record['Parameters'][form] = count_parameters(model)
             for size in SIZES:
                 macs = count_macs(model, (size, size))

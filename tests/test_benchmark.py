@@ -60,7 +60,7 @@ def test_the_reference_of_training_is_the_published_form() -> None:
     trial = Trial(subject, subject.reference, SMALL)
     assert isinstance(trial.model, RepNeXt)
     assert str(subject.reference) == 'branches'
-    assert trial.model.stages[0].blocks[0].token_mixer.conv_s.train_form == 'branches'
+    assert trial.model.stages[0].blocks[0].token_mixer.conv_s.fast is False
     assert trial.model.training
     trial.run()
     grads = {name: p.grad for name, p in trial.model.named_parameters()}
@@ -75,9 +75,9 @@ def test_the_reference_of_inference_keeps_the_norms_that_fuse_leaves() -> None:
     subject = benchmark.inference('repnext_m0', SMALL)
     norms = {
         str(v): sum(isinstance(m, _BatchNorm) for m in Trial(subject, v, SMALL).model.modules())
-        for v in (subject.reference, Variant('exact'))
+        for v in (subject.reference, Variant('full'))
     }
-    assert norms == {'branches': 17, 'exact': 0}
+    assert norms == {'upstream': 17, 'full': 0}
 
 
 def test_a_variant_has_its_memory_format_and_starts_from_a_contiguous_image() -> None:
@@ -275,7 +275,7 @@ def test_the_tool_shows_a_table_and_writes_a_file(tmp_path: Path) -> None:
     [
         (['train-step', 'repnext_m44'], "Did you mean 'repnext_m4'?"),
         (['inference', 'repnext_m0', '--size', '5l2'], "size '5l2' must be one whole number"),
-        (['inference', 'repnext_m0', '--variants', 'exat'], "'exat' is not one of branches, exact"),
+        (['inference', 'repnext_m0', '--variants', 'exat'], "'exat' is not one of upstream, full"),
         (['train-step', 'repnext_m0', '--size', '32', '--batch', '1'], 'cannot take 1x3x32x32'),
         (['layers', 'gello'], "'gello' is no layer to time"),
         (['layers', 'gelu', '--batch', '0'], 'batch=0'),

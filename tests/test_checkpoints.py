@@ -139,10 +139,10 @@ def save_torchscript(path: Path, state: State) -> Path:
 
 @functools.cache
 def fused(arch: str, plan: str) -> RepNeXt:
-    return reparameterize(network(arch), plan, accept_inexact=['border'])  # type: ignore[arg-type]
+    return reparameterize(network(arch), plan, accept_inexact=True)
 
 
-def fused_state(arch: str = 'm0', plan: str = 'branches') -> State:
+def fused_state(arch: str = 'm0', plan: str = 'upstream') -> State:
     return {k: v.clone() for k, v in fused(arch, plan).state_dict().items()}
 
 
@@ -412,7 +412,7 @@ def test_fused_keys_are_upstreams(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'deploy, script', [('branches', True), ('branches', False), (True, True), ('single', True)]
+    'deploy, script', [('upstream', True), ('upstream', False), (True, True), ('single', True)]
 )
 def test_fused_archive_loads_into_fused_models(
     deploy: str | bool, script: bool, tmp_path: Path
@@ -424,13 +424,13 @@ def test_fused_archive_loads_into_fused_models(
     report = load_pretrained(model, path)
     assert report.complete
     assert report.match.ignored == {'head': 2}
-    assert ('fused on loading' in str(report)) == (deploy != 'branches')
-    expected = fused_state(plan='exact' if deploy is True else str(deploy))
+    assert ('fused on loading' in str(report)) == (deploy != 'upstream')
+    expected = fused_state(plan='full' if deploy is True else str(deploy))
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
 
 
-@pytest.mark.parametrize('deploy', ['branches', True, 'single'])
+@pytest.mark.parametrize('deploy', ['upstream', True, 'single'])
 def test_training_checkpoint_is_fused_into_fused_models(
     deploy: str | bool, tmp_path: Path, log: Callable[[], list[str]]
 ) -> None:
@@ -458,7 +458,7 @@ def test_fusing_on_loading_uses_the_models_epsilon(tmp_path: Path) -> None:
 
 
 def test_fused_state_dict_loads_where_it_came_from(tmp_path: Path) -> None:
-    state = fused_state(plan='exact')
+    state = fused_state(plan='full')
     torch.save({'state_dict': under('backbone.', state)}, tmp_path / 'fused.pth')
     model = RepNeXt('m0', deploy=True)
     report = load_pretrained(model, tmp_path / 'fused.pth')
@@ -471,9 +471,9 @@ def test_fused_state_dict_loads_where_it_came_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     'plan, deploy, fix',
     [
-        ('branches', False, "RepNeXt(arch='m0', deploy='branches')"),
-        ('exact', False, "RepNeXt(arch='m0', deploy=True)"),
-        ('exact', 'branches', "RepNeXt(arch='m0', deploy=True)"),
+        ('upstream', False, "RepNeXt(arch='m0', deploy='upstream')"),
+        ('full', False, "RepNeXt(arch='m0', deploy=True)"),
+        ('full', 'upstream', "RepNeXt(arch='m0', deploy=True)"),
     ],
 )
 def test_fused_too_far(plan: str, deploy: str | bool, fix: str, tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_fused_too_far(plan: str, deploy: str | bool, fix: str, tmp_path: Path) 
 
 def test_fused_archive_into_a_training_model_names_the_fix(tmp_path: Path) -> None:
     path = save_torchscript(tmp_path / 'fused.pt', fused_classifier())
-    refuse(path, 'fused', "deploy='branches'", 'training checkpoint')
+    refuse(path, 'fused', "deploy='upstream'", 'training checkpoint')
 
 
 def test_code_in_an_archive_does_not_run(tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ def test_code_in_an_archive_does_not_run(tmp_path: Path) -> None:
     tree.add_module('hostile', Hostile(str(marker)))
     path = tmp_path / 'hostile.pt'
     torch.jit.script(tree).save(str(path))
-    model = RepNeXt('m0', deploy='branches')
+    model = RepNeXt('m0', deploy='upstream')
     load_pretrained(model, path)
     assert_holds(model, fused_state())
     assert not marker.exists()
@@ -527,7 +527,7 @@ def test_hostile_pickle_in_an_archive_does_not_run(tmp_path: Path) -> None:
         for name in source.namelist():
             evil = name.endswith('/data.pkl')
             target.writestr(name, pickle.dumps(Evil(marker), 2) if evil else source.read(name))
-    refuse(tmp_path / 'bad.pt', 'without any tensor', model=RepNeXt('m0', deploy='branches'))
+    refuse(tmp_path / 'bad.pt', 'without any tensor', model=RepNeXt('m0', deploy='upstream'))
     assert not marker.exists()
 
 
@@ -549,7 +549,7 @@ def test_wrong_arch_inside_a_detector(tmp_path: Path) -> None:
 
 def test_wrong_arch_of_a_fused_file(tmp_path: Path) -> None:
     torch.save(fused_state('m0'), tmp_path / 'a.pth')
-    refuse(tmp_path / 'a.pth', "build RepNeXt(arch='m0', deploy='branches')", model=RepNeXt('m1'))
+    refuse(tmp_path / 'a.pth', "build RepNeXt(arch='m0', deploy='upstream')", model=RepNeXt('m1'))
 
 
 def test_custom_arch(tmp_path: Path) -> None:
@@ -560,8 +560,8 @@ def test_custom_arch(tmp_path: Path) -> None:
     load_pretrained(model, tmp_path / 'a.pth')
     assert_holds(model, dict(small.state_dict()))
     load_pretrained(RepNeXt(arch, deploy=True), tmp_path / 'a.pth')
-    torch.save(reparameterize(small.eval(), 'branches').state_dict(), tmp_path / 'b.pth')
-    refuse(tmp_path / 'b.pth', "RepNeXt(arch=dict(...), deploy='branches')", model=model)
+    torch.save(reparameterize(small.eval(), 'upstream').state_dict(), tmp_path / 'b.pth')
+    refuse(tmp_path / 'b.pth', "RepNeXt(arch=dict(...), deploy='upstream')", model=model)
 
 
 def test_another_network_fits_nothing(tmp_path: Path) -> None:
@@ -921,8 +921,8 @@ def test_published_names() -> None:
     }
     for name, url in urls.items():
         assert PUBLISHED[name].url == url
-    assert PUBLISHED['repnext_m5_distill_300e_fused'].plan == 'branches'
-    assert PUBLISHED['recnext_t_distill_300e_fused'].plan == 'branches'
+    assert PUBLISHED['repnext_m5_distill_300e_fused'].plan == 'upstream'
+    assert PUBLISHED['recnext_t_distill_300e_fused'].plan == 'upstream'
     names = {row.filename for row in PUBLISHED.values()}
     assert {
         'repnext_m0_distill_300e_fused.pt',
@@ -955,7 +955,7 @@ def test_timm_publishes_what_is_listed_of_it() -> None:
     [
         ('repnext_m0_distill_300e', False),
         ('repnext_m0_distill_300e', True),
-        ('repnext_m0_distill_300e_fused', 'branches'),
+        ('repnext_m0_distill_300e_fused', 'upstream'),
         ('repnext_m0_sz224_4xbs512_ep300', False),
     ],
 )
@@ -965,7 +965,7 @@ def test_published_name_is_downloaded_once(
     for _ in range(2):
         model = RepNeXt('m0', deploy=deploy, init_cfg=dict(type='Pretrained', checkpoint=name))
         model.init_weights()
-    plan = 'exact' if deploy is True else deploy
+    plan = 'full' if deploy is True else deploy
     expected = fused_state(plan=plan) if plan else state_of()  # type: ignore[arg-type]
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[key])
@@ -980,7 +980,7 @@ def test_published_name_of_another_arch_is_not_even_downloaded(release: Server) 
         'repnext_m3_distill_300e',
         model=RepNeXt('m3'),
     )
-    refuse('repnext_m0_distill_300e_fused', "deploy='branches'", 'repnext_m0_distill_300e')
+    refuse('repnext_m0_distill_300e_fused', "deploy='upstream'", 'repnext_m0_distill_300e')
     assert release.asked == []
 
 
@@ -1204,12 +1204,12 @@ def test_every_family_loads_every_kind(
 def test_fused_archives_of_recnext_load(name: str, tmp_path: Path) -> None:
     network = NETWORKS[name]
     trained = randomise(network()).eval()
-    branches = dict(reparameterize(trained, 'branches').state_dict())
+    branches = dict(reparameterize(trained, 'upstream').state_dict())
     assert set(branches) == upstream_fused_keys(list(trained.state_dict()))
     head = {'head.weight': torch.zeros(5, 64), 'head.bias': torch.zeros(5)}
     path = save_torchscript(tmp_path / 'fused.pt', branches | head)
 
-    model = network(deploy='branches').eval()
+    model = network(deploy='upstream').eval()
     report = load_pretrained(model, path)
     assert_holds(model, branches)
     assert report.complete

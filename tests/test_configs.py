@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
-from repnext_mm.backbones.pyramid import PyramidBackbone
+from repnext_mm.backbones import PyramidBackbone
 from repnext_mm.complexity import count_macs, count_parameters
 from repnext_mm.engine.amp import keep_float32_where_needed
 

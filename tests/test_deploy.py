@@ -76,7 +76,7 @@ def test_what_is_written(folder: Path, checkpoint: Path) -> None:
     assert len(report['model']['checkpoint_sha256']) == 64
     assert report['model']['out_strides'] == [4, 8, 16, 32]
     (plan,) = report['plans']
-    assert plan['name'] == 'exact'
+    assert plan['name'] == 'full'
     assert plan['bn_left'] == 0
     assert plan['convs_after'] < plan['convs_before']
     assert {step['exactness'] for step in plan['steps']} == {'exact'}
@@ -296,10 +296,10 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "it fits RecNeXt(arch='m0')" in refused('repnext_m0', other)
 
     fused = tmp_path / 'single.pth'
-    model = reparameterize(randomise(RepNeXt('m0')).eval(), 'single', accept_inexact=('border',))
+    model = reparameterize(randomise(RepNeXt('m0')).eval(), 'single', accept_inexact=True)
     torch.save(model.state_dict(), fused)
     error = refused('repnext_m0', fused)
-    assert "already fused with plan='single', which cannot be undone to plan='exact'" in error
+    assert "already fused with plan='single', which cannot be undone to plan='full'" in error
     assert error.strip().endswith('Or pass --plan single.')
 
     diverged = tmp_path / 'nan.pth'
@@ -324,12 +324,12 @@ def test_a_fused_file_is_a_model(tmp_path: Path) -> None:
     """Fused less far than asked, it is fused the rest of the way."""
     path = tmp_path / 'branches.pth'
     model = randomise(RepNeXt('m0')).eval()
-    torch.save(reparameterize(model, 'branches').state_dict(), path)
+    torch.save(reparameterize(model, 'upstream').state_dict(), path)
     out = tmp_path / 'out'
     assert deploy(path, '--format', 'pth', '--size', 64, '--work-dir', out) == 0
     image = torch.randn(1, 3, 64, 64)
     with open_artifact(out / f'{STEM}.pth') as artifact, torch.no_grad():
-        assert artifact.metadata['plan'] == 'exact'
+        assert artifact.metadata['plan'] == 'full'
         for got, want in zip(artifact.run(image), model(image), strict=True):
             torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
     again = tmp_path / 'again'

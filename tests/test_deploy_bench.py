@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp('artifacts')
     for name in HERE:
         row = FORMATS[name]
-        for plan in ('exact', 'branches') if name == 'onnx' else ('exact',):
+        for plan in ('full', 'upstream') if name == 'onnx' else ('full',):
             bench.export(row, NETWORK.fused(plan), SHAPE, path / f'{plan}{row.suffix}')
     return path
 
@@ -99,7 +99,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def report(folder: Path) -> Report:
     """A report with two artifacts, timed."""
     report = Report.start(folder, MODEL, [PLAN])
-    report.data['artifacts'] = [record('onnx', 'exact'), record('openvino', 'exact')]
+    report.data['artifacts'] = [record('onnx', 'full'), record('openvino', 'full')]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, 'Worker', WorkerHere)
         [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
@@ -110,7 +110,7 @@ def report(folder: Path) -> Report:
 MODEL = dict(name='tiny', arch='tiny', weights_source='random', checkpoint=None, params=1, macs=1,
              size=SHAPE[2:])  # fmt: skip
 LOAD = dict(headline=True, reason=None)
-PLAN = dict(name='exact', convs_before=1, convs_after=1, bn_left=0, why='a test')
+PLAN = dict(name='full', convs_before=1, convs_after=1, bn_left=0, why='a test')
 
 
 # --- workers
@@ -184,7 +184,7 @@ def test_every_artifact_is_compared_with_branches_in_its_runtime(report: Report)
         assert row['ci95'][0] <= row['ratio'] <= row['ci95'][1]
         assert row['vs_baseline_ci95'][0] <= row['vs_baseline'] <= row['vs_baseline_ci95'][1]
         assert row['floor'] >= 1
-        assert (row['verdict'] == 'reference') == name.endswith('branches')
+        assert (row['verdict'] == 'reference') == name.endswith('upstream')
     assert rows['onnx fp32, exact']['path'] == 'exact.onnx'
     assert rows['onnx fp32, exact']['runtime'] == 'onnxruntime'
     assert rows['openvino fp32, exact']['runtime'] == 'openvino'
@@ -207,14 +207,14 @@ def test_the_report_and_a_picture_lie_in_the_folder(report: Report, folder: Path
 
 
 def test_a_branches_artifact_that_is_there_is_taken(folder: Path, tmp_path: Path) -> None:
-    exact, branches = record('onnx', 'exact'), record('onnx', 'branches')
-    path = bench._branches_of(exact, [exact, branches], folder, NETWORK, SHAPE, tmp_path)
+    exact, branches = record('onnx', 'full'), record('onnx', 'upstream')
+    path = bench._upstream_of(exact, [exact, branches], folder, NETWORK, SHAPE, tmp_path)
     assert path == folder / 'branches.onnx'
     # int8 is compared with float32; another format's file will not do.
-    path = bench._branches_of(record('onnx', 'exact', 'int8'), [branches], folder, NETWORK, SHAPE,
+    path = bench._upstream_of(record('onnx', 'full', 'int8'), [branches], folder, NETWORK, SHAPE,
                               tmp_path)  # fmt: skip
     assert path == folder / 'branches.onnx'
-    path = bench._branches_of(record('pt2', 'exact'), [branches], folder, NETWORK, SHAPE, tmp_path)
+    path = bench._upstream_of(record('pt2', 'full'), [branches], folder, NETWORK, SHAPE, tmp_path)
     assert path == tmp_path / 'branches_fp32.pt2'
     norms = FORMATS['pt2'].operations(path)
     assert any('batch_norm' in name for name in norms)
@@ -222,10 +222,10 @@ def test_a_branches_artifact_that_is_there_is_taken(folder: Path, tmp_path: Path
 
 def test_int8_is_labelled_and_compared_with_float32(folder: Path) -> None:
     row = FORMATS['onnx']
-    subject = bench.artifact_subject(row, folder / 'x.onnx', SHAPE, 'exact', 'int8', None)
+    subject = bench.artifact_subject(row, folder / 'x.onnx', SHAPE, 'full', 'int8', None)
     assert (subject.name, subject.reference) == ('onnx int8, exact', 'onnx fp32, branches')
     row = FORMATS['openvino']
-    subject = bench.artifact_subject(row, folder / 'x', SHAPE, 'exact', 'fp32', 'bf16')
+    subject = bench.artifact_subject(row, folder / 'x', SHAPE, 'full', 'fp32', 'bf16')
     assert (subject.name, subject.reference) == ('openvino bf16, exact', 'openvino bf16, branches')
     assert subject.spec['precision'] == 'bf16'
 
@@ -235,7 +235,7 @@ def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
     flags: list[str], takes: bool, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     monkeypatch.setattr(bench.environment, 'isa_flags', lambda: flags)
-    exact = record('openvino', 'exact')
+    exact = record('openvino', 'full')
     rows = bench._artifact_rows(FORMATS['openvino'], exact, folder, folder, SHAPE, ['bf16'])
     names = [row.name for row in rows]
     assert ('openvino bf16, exact' in names) is takes
@@ -247,9 +247,9 @@ def test_what_cannot_be_run_is_left_out_and_told(folder: Path, tmp_path: Path) -
     broken = tmp_path / 'broken.onnx'
     broken.write_bytes(b'no model')
     good = bench.artifact_subject(
-        FORMATS['onnx'], folder / 'exact.onnx', SHAPE, 'branches', 'fp32', None
+        FORMATS['onnx'], folder / 'exact.onnx', SHAPE, 'upstream', 'fp32', None
     )
-    bad = bench.artifact_subject(FORMATS['onnx'], broken, SHAPE, 'exact', 'fp32', None)
+    bad = bench.artifact_subject(FORMATS['onnx'], broken, SHAPE, 'full', 'fp32', None)
     measured = bench.measure([good, bad], good.name, threads=1, schedule=QUICK)
     assert list(measured.samples) == [good.name]
     assert 'broken.onnx cannot be opened in onnxruntime' in measured.failed[bad.name]
@@ -265,13 +265,13 @@ def test_pytorch_rows_run_the_plan_in_the_layout(
     monkeypatch.setattr(
         RepNeXt, 'forward', lambda self, x: seen.append((self, x)) or (x,), raising=True
     )
-    subjects = bench.torch_subjects(NETWORK, SHAPE, ['exact'], [mode])
-    assert [s.facts['plan'] for s in subjects] == ['branches', 'exact']
+    subjects = bench.torch_subjects(NETWORK, SHAPE, ['full'], [mode])
+    assert [s.facts['plan'] for s in subjects] == ['upstream', 'full']
     function, facts = bench.open_subject({**subjects[1].spec, 'threads': 1})
     function()
     [(model, image)] = seen
     assert facts == {'runtime': 'torch', 'precision': 'f32'}
-    assert model.plan == 'exact'
+    assert model.plan == 'full'
     assert image.shape == SHAPE
     last = 'channels_last' in mode
     assert image.is_contiguous(memory_format=torch.channels_last) is last
@@ -283,26 +283,26 @@ def test_pytorch_rows_run_the_plan_in_the_layout(
 def planted(**seconds: float) -> Measured:
     """What measuring plans would give if they took so long."""
     samples = {plan: Samples([[s]] * 30) for plan, s in seconds.items()}
-    subjects = {plan: Subject(plan, 'w', {}, 'exact', {'plan': plan}) for plan in seconds}
+    subjects = {plan: Subject(plan, 'w', {}, 'full', {'plan': plan}) for plan in seconds}
     floor = Floor(Ratio(1.0, 0.98, 1.02, 30))
     opened = {p: dict(runtime='r', precision='f32', load_s=1, first_s=1) for p in seconds}
-    return Measured(subjects, samples, {'exact': floor}, opened, 'exact', {}, LOAD, 1)
+    return Measured(subjects, samples, {'full': floor}, opened, 'full', {}, LOAD, 1)
 
 
 @pytest.mark.parametrize(
     'seconds, plan',
     [
-        (dict(exact=1.0, branches=0.9), 'branches'),
-        (dict(exact=1.0, branches=0.99), 'exact'),  # within the noise
-        (dict(exact=1.0, branches=1.5), 'exact'),
-        (dict(exact=1.0, branches=0.9, single=0.8), 'single'),
+        (dict(full=1.0, upstream=0.9), 'upstream'),
+        (dict(full=1.0, upstream=0.99), 'full'),  # within the noise
+        (dict(full=1.0, upstream=1.5), 'full'),
+        (dict(full=1.0, upstream=0.9, single=0.8), 'single'),
     ],
 )
 def test_another_plan_is_chosen_where_it_is_faster_beyond_noise(
     seconds: dict[str, float], plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, 'measure', lambda *args, **kwargs: planted(**seconds))
-    model = NETWORK.fused('branches')
+    model = NETWORK.fused('upstream')
     model.plan = None
     choice = bench.choose_plan(NETWORK.family(TINY).eval(), FORMATS['pth'], SHAPE)
     assert choice.plan == plan
@@ -311,27 +311,27 @@ def test_another_plan_is_chosen_where_it_is_faster_beyond_noise(
 
 def test_only_exact_plans_are_tried() -> None:
     trained = randomise(RepNeXt(TINY)).eval()
-    assert bench.exact_plans(trained) == ['exact', 'branches']  # a bias reaches over the border
+    assert bench.exact_plans(trained) == ['full', 'upstream']  # a bias reaches over the border
     untrained = RepNeXt(TINY).eval()
     for name, parameter in untrained.named_parameters():
         if name.endswith('bias'):
             nn.init.zeros_(parameter)
     assert 'single' in bench.exact_plans(untrained)
     recursive = RecNeXt(TINY | dict(series='m')).eval()
-    assert bench.exact_plans(recursive)[:2] == ['exact', 'branches']
+    assert bench.exact_plans(recursive)[:2] == ['full', 'upstream']
 
 
 def test_plans_are_measured_for_real_and_without_a_runtime_not_at_all() -> None:
     model = randomise(RepNeXt(TINY, out_indices=(0, 3))).eval()
     choice = bench.choose_plan(model, FORMATS['pth'], SHAPE, threads=1, schedule=QUICK)
-    assert set(choice.ratios) == {'exact', 'branches'}
-    assert choice.ratios['exact'] == 1
-    assert choice.plan in ('exact', 'branches')
+    assert set(choice.ratios) == {'full', 'upstream'}
+    assert choice.ratios['full'] == 1
+    assert choice.plan in ('full', 'upstream')
     choice = bench.choose_plan(model, FORMATS['coreml'], SHAPE)
-    assert (choice.plan, choice.ratios) == ('exact', {})
+    assert (choice.plan, choice.ratios) == ('full', {})
     assert 'cannot be run on this system' in choice.why
-    fused = reparameterize(model, 'branches')
-    assert bench.choose_plan(fused, FORMATS['pth'], SHAPE).plan == 'branches'
+    fused = reparameterize(model, 'upstream')
+    assert bench.choose_plan(fused, FORMATS['pth'], SHAPE).plan == 'upstream'
 
 
 # --- explain
@@ -430,5 +430,5 @@ def test_people_see_the_fastest_first(capsys: pytest.CaptureFixture) -> None:
     measured = planted(exact=1.0, branches=0.5)
     bench.show(measured, Console(file=sys.stdout, width=160))
     output = capsys.readouterr().out
-    assert output.index('branches') < output.index('exact ')
+    assert output.index('upstream') < output.index('full ')
     assert '0.50 [0.50, 0.50]' in output

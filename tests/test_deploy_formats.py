@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from repnext_mm import RecNeXt
+from repnext_mm.backbones.recnext import LinearAttention
 from repnext_mm.deploy import exporters, parity
 from repnext_mm.deploy.errors import ExportError, ParityError, SomeFailedError, UsageError
 from repnext_mm.deploy.exporters import Job, Preprocess
@@ -25,7 +26,6 @@ from repnext_mm.deploy.report import Report
 from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import Source
 from repnext_mm.engine.quiet import muffled
-from repnext_mm.layers.linear_attention import LinearAttention
 
 FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
 RUN_HERE = [name for name, row in FORMATS.items() if row.runtime]
@@ -107,7 +107,7 @@ def assert_artifacts(report: Report, model: Source, family: str) -> None:
             continue
         with opened(report, name) as artifact:
             assert artifact.metadata['arch'] == json.loads(json.dumps(model.arch)), name
-            assert artifact.metadata['plan'] == 'exact'
+            assert artifact.metadata['plan'] == 'full'
             assert artifact.metadata['out_channels'] == list(model.model.out_channels)
             assert artifact.output_names == ('stage0', 'stage1', 'stage2', 'stage3'), name
             if name != 'pth':
@@ -264,7 +264,7 @@ def test_stages_on_request(tmp_path: Path) -> None:
         assert_equal(artifact.run(image), model.model, image)
 
 
-@pytest.mark.parametrize('plan', ['branches', 'single'])
+@pytest.mark.parametrize('plan', ['upstream', 'single'])
 def test_other_plans(plan: str, tmp_path: Path) -> None:
     model = source('repnext_m')
     report = export(model, tmp_path, 'onnx', plan=plan)
@@ -272,7 +272,7 @@ def test_other_plans(plan: str, tmp_path: Path) -> None:
     assert f'_{plan}_' in record['path']
     # Branches merged alone, each block and downsampling keeps the norm between its mixers.
     (fused,) = report.data['plans']
-    assert fused['bn_left'] == (8 if plan == 'branches' else 0)
+    assert fused['bn_left'] == (8 if plan == 'upstream' else 0)
     warned = [text for text in report.data['warnings'] if 'is not exact' in text]
     assert len(warned) == (plan == 'single')
     worst = max(stage['max_rel'] for stage in fused['proof_float64'])
@@ -318,7 +318,7 @@ def test_a_norm_that_was_left_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=unfused))
     # torch.onnx folds what it can, so that not all of them are left.
-    with pytest.raises(ExportError, match=r'onnx holds \d+ BatchNorm, though plan exact leaves'):
+    with pytest.raises(ExportError, match=r'onnx holds \d+ BatchNorm, though plan full leaves'):
         export(model, tmp_path, 'onnx')
     assert not list(tmp_path.glob('**/*.onnx'))
 

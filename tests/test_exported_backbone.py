@@ -38,7 +38,7 @@ def export(
     backbone = (backbone or tiny(NETWORK)).eval()
     metadata = dict(
         family='RepNeXt',
-        plan='exact',
+        plan='full',
         size=size,
         batch=options.get('batch', 1),
         weights='checkpoint',

@@ -17,12 +17,11 @@ from networks import TINY, grads, image, tiny
 from torch import nn
 
 from repnext_mm import optimize
+from repnext_mm.backbones.repnext import MEDIUM, BranchedDepthwise
 from repnext_mm.engine.cli import train_main
-from repnext_mm.layers import GELU, depthwise_conv
-from repnext_mm.layers.depthwise import BranchedDepthwise
-from repnext_mm.layers.forms import configure, is_channels_last
-from repnext_mm.layers.norm_folding import separate
-from repnext_mm.layers.repconv import MEDIUM
+from repnext_mm.layers import fast as door
+from repnext_mm.layers.blocks import GELU
+from repnext_mm.layers.execution import is_channels_last, set_execution
 
 NETWORKS = pytest.mark.parametrize('name', TINY)
 MODES = pytest.mark.parametrize('mode', ['train', 'norm_eval', 'eval', 'frozen'])
@@ -33,7 +32,7 @@ def pair(name: str, mode: str, **kwargs) -> tuple[nn.Module, nn.Module]:
     options = dict(norm_eval=mode == 'norm_eval', frozen_stages=2 if mode == 'frozen' else -1)
     models = [
         tiny(name, **options, **more).double().train(mode != 'eval')
-        for more in (dict(train_form='branches'), kwargs)
+        for more in (dict(fast=False), kwargs)
     ]
     return models[0], models[1]
 
@@ -76,9 +75,9 @@ def test_any_memory_format_gives_the_same_and_hands_back_its_own(name, compute, 
 @pytest.mark.parametrize('name', ['repnext_m', 'recnext_m', 'inception_next'])
 def test_the_default_format_reaches_every_convolution(name):
     seen = {}
-    for form in ('merged', 'branches'):
-        model = tiny(name, train_form=form)
-        formats = seen[form] = []
+    for fast in (True, False):
+        model = tiny(name, fast=fast)
+        formats = seen[fast] = []
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.register_forward_pre_hook(
@@ -86,8 +85,8 @@ def test_the_default_format_reaches_every_convolution(name):
                 )
         model(image(model))
         assert formats
-    assert all(seen['merged'])
-    assert not any(seen['branches'])
+    assert all(seen[True])
+    assert not any(seen[False])
 
 
 @NETWORKS
@@ -118,7 +117,7 @@ def test_saving_memory_keeps_fewer_bytes_and_the_same_gradients(name, mode):
 
     plain = tiny(name, norm_eval=mode == 'norm_eval')
     saving = optimize(copy.deepcopy(plain), save_memory=True)
-    reference = tiny(name, norm_eval=mode == 'norm_eval', train_form='branches')
+    reference = tiny(name, norm_eval=mode == 'norm_eval', fast=False)
     x = image(plain)
     sizes = [saved(m, x) for m in (reference, plain, saving)]
     assert sizes[2] < sizes[1] <= sizes[0], sizes
@@ -152,7 +151,7 @@ def test_batch_statistics_have_the_gradient_of_their_definition():
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def affine(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return separate(norm, x)[1]
+        return door.separate(norm, x)[1]
 
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
     scale, shift = affine(x)
@@ -190,19 +189,17 @@ def test_weight_gradients_by_columns_are_exact(shape, kernel):
     weight = torch.randn(shape[1], 1, *kernel, dtype=torch.float64, requires_grad=True)
     padding = (kernel[0] // 2, kernel[1] // 2)
     F.conv2d(x, weight, None, 1, padding, groups=shape[1]).backward(grad)
-    actual = depthwise_conv.split_weight_gradient(x, grad, weight.detach(), padding)
+    actual = door.split_weight_gradient(x, grad, weight.detach(), padding)
     torch.testing.assert_close(actual, weight.grad)
 
 
 def test_wide_depthwise_convolutions_split_their_gradient_where_onednn_is_slow(monkeypatch):
     calls = []
-    split = depthwise_conv.split_weight_gradient
-    monkeypatch.setattr(depthwise_conv, '_lacks_wide_gradient', lambda: True)
-    monkeypatch.setattr(depthwise_conv, 'WORTHWHILE', 1)
-    monkeypatch.setattr(
-        depthwise_conv, 'split_weight_gradient', lambda *a: calls.append(1) or split(*a)
-    )
-    reference, fast = tiny('repnext_m', train_form='branches'), tiny('repnext_m')
+    split = door.split_weight_gradient
+    monkeypatch.setattr(door, '_lacks_wide_gradient', lambda: True)
+    monkeypatch.setattr(door, 'WORTHWHILE', 1)
+    monkeypatch.setattr(door, 'split_weight_gradient', lambda *a: calls.append(1) or split(*a))
+    reference, fast = tiny('repnext_m', fast=False), tiny('repnext_m')
     x = image(fast)
     expected, actual = grads(reference, x), grads(fast, x)
     assert len(calls) == 5  # the 7x7 convolution of each block; strided ones are fast
@@ -235,11 +232,11 @@ def test_optimize_compiles_in_place_and_keeps_the_state_dict():
         torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-8, msg=key)
 
 
-@pytest.mark.parametrize('form, convolutions', [('merged', 1), ('branches', 7)])
-def test_compilers_get_the_form_that_was_asked_for(form: str, convolutions: int) -> None:
+@pytest.mark.parametrize('fast, convolutions', [(True, 1), (False, 7)])
+def test_compilers_get_the_form_that_was_asked_for(fast: bool, convolutions: int) -> None:
     torch._dynamo.reset()
     layer = BranchedDepthwise(8, MEDIUM)
-    configure(layer, train_form=form)
+    set_execution(layer, fast=fast)
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: object) -> Callable:
@@ -282,11 +279,11 @@ def test_detectors_and_segmentors_train_alike_in_every_form(scope, method, tmp_p
     losses = {}
     state = None
     for form, options in {
-        'published': dict(train_form='branches'),
+        'published': dict(fast=False),
         'default': {},
         'saving': dict(save_memory=True, norm_eval=False),
     }.items():
-        cfg.model.backbone.update(train_form='merged', save_memory=False)
+        cfg.model.backbone.update(fast=True, save_memory=False)
         cfg.model.backbone.update(options)
         model = build(cfg).train()
         # The heads have kinks (ReLU, NMS, the L1 loss) where the last bit of a feature decides a

@@ -121,7 +121,7 @@ print('mmengine.logging.history_buffer.HistoryBuffer' in names)
 def test_a_file_finds_its_family_though_no_network_was_built() -> None:
     code = """
 import repnext_mm
-from repnext_mm.checkpoints.matching import families
+from repnext_mm.network import families
 print(sorted(family.__name__ for family in families()))
 """
     assert run(code) == ["['InceptionNeXt', 'RecNeXt', 'RepNeXt']"]

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnext_mm import prove, reparameterize
-from repnext_mm.layers import Stage
-from repnext_mm.reparam import PLANS
+from repnext_mm.layers.blocks import Stage
+from repnext_mm.network import PLANS
 
 NETWORKS = pytest.mark.parametrize('name', TINY)
 
@@ -147,10 +147,10 @@ def test_norm_cfg_sets_what_it_names(name):
 
 
 @NETWORKS
-@pytest.mark.parametrize('form', ['merged', 'branches'])
+@pytest.mark.parametrize('fast', [True, False])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_low_precision_stays_close_and_trains(name, dtype, tolerance, form):
-    model = tiny(name, train_form=form).eval()
+def test_low_precision_stays_close_and_trains(name, dtype, tolerance, fast):
+    model = tiny(name, fast=fast).eval()
     x = image(model)
     expected = model(x)
     with torch.autocast('cpu', dtype):
@@ -225,20 +225,20 @@ def test_every_parameter_learns(name):
 @pytest.mark.parametrize('plan', PLANS)
 def test_fusing_is_equal_and_loads_into_a_deploy_model(name, plan):
     # The merged train form composes as fusing does, so only the branches can contradict it.
-    model = tiny(name, train_form='branches').eval().double()
-    fused = reparameterize(model, plan, accept_inexact=('border',))
+    model = tiny(name, fast=False).eval().double()
+    fused = reparameterize(model, plan, accept_inexact=True)
     if (name, plan) != ('repnext_m', 'single'):
         assert not fused.fusion_report.inexact
         for size in ((64, 64), (75, 101)):
             assert all(e.max_rel < 1e-9 for e in prove(model, fused, size))
-    assert bool(norms(fused)) == (plan == 'branches' and name not in NORMS_INSIDE)
-    again = reparameterize(fused, plan, accept_inexact=('border',))
+    assert bool(norms(fused)) == (plan == 'upstream' and name not in NORMS_INSIDE)
+    again = reparameterize(fused, plan, accept_inexact=True)
     assert not again.fusion_report.rewrites
     deploy = tiny(name, deploy=plan).double()
     deploy.eval().load_state_dict(fused.state_dict())
     # `fused` computes operation by operation, `deploy` in the other memory format.
     assert all(e.max_rel < 1e-12 for e in prove(fused, deploy, (64, 64)))
-    exact = reparameterize(fused, 'single', accept_inexact=('border',))
+    exact = reparameterize(fused, 'single', accept_inexact=True)
     assert not norms(exact)
 
 

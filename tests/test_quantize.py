@@ -52,7 +52,7 @@ runtimes = pytest.mark.parametrize('runtime', FORMATS)
 
 
 def fused() -> PyramidBackbone:
-    return reparameterize(tiny('repnext_m').eval(), 'exact')
+    return reparameterize(tiny('repnext_m').eval(), 'full')
 
 
 def with_outlier() -> PyramidBackbone:
@@ -258,7 +258,7 @@ def test_task_metric_is_that_of_the_evaluation(
     model = trained('seg', tmp_path / 'seg', tool_runs.options('seg', data))
     options = (*model.options, *model.truth)
     metric = TaskMetric(str(model.config), str(model.checkpoint), options=options, max_drop=100)
-    exported = export(reparameterize(backbone_of(model).eval(), 'exact'), 'onnx', tmp_path)
+    exported = export(reparameterize(backbone_of(model).eval(), 'full'), 'onnx', tmp_path)
     # Without a process for each evaluation.
     here = SimpleNamespace(
         run=lambda command, **_: run_here(evaluate_main, *command[3:], cwd=Path.cwd())
@@ -357,8 +357,8 @@ def test_refused(
 
 def test_formats_without_int8(artifact: Any, photos: Any, tmp_path: Path) -> None:
     path = tmp_path / 'a.pth'
-    meta = {'family': 'RepNeXt', 'arch': 'm0', 'plan': 'exact', 'out_indices': [0, 1, 2, 3]}
-    model = reparameterize(build_m0(), 'exact')
+    meta = {'family': 'RepNeXt', 'arch': 'm0', 'plan': 'full', 'out_indices': [0, 1, 2, 3]}
+    model = reparameterize(build_m0(), 'full')
     torch.save({'state_dict': model.state_dict(), 'meta': {'repnext_mm': json.dumps(meta)}}, path)
     with pytest.raises(UsageError, match='int8 is for ONNX and OpenVINO'):
         quantize(path, tmp_path / 'b.pth', photos)

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repnext_mm import RecNeXt
-from repnext_mm.layers.linear_attention import LinearAttention, cheaper_order, linear_attention
-from repnext_mm.layers.precision import run_in_float32
-from repnext_mm.layers.recursive import RECURSIVE_CONVS, SharedRecursiveConv
+from repnext_mm.backbones.recconv import RECURSIVE_CONVS, SharedRecursiveConv
+from repnext_mm.backbones.recnext import LinearAttention, cheaper_order, linear_attention
+from repnext_mm.layers.execution import run_in_float32
 
 CUSTOM = dict(channels=(16, 32, 64, 128), depths=(1, 1, 1, 1))
 VARIANTS = pytest.mark.parametrize('variant', RECURSIVE_CONVS)
@@ -303,7 +303,7 @@ def test_series_l_declares_the_strides_that_it_has():
 @pytest.mark.parametrize('name', ['recnext_l', 'recnext_l_share'])
 def test_merged_rep_mixer_equals_branches_in_outputs_and_gradients(name, train):
     merged = tiny(name).double().train(train)
-    branches = tiny(name, train_form='branches').double().train(train)
+    branches = tiny(name, fast=False).double().train(train)
     x = image(merged, dtype=torch.float64)
     for a, b in zip(merged(x), branches(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -314,12 +314,12 @@ def test_merged_rep_mixer_equals_branches_in_outputs_and_gradients(name, train):
 
 def test_merged_rep_mixer_runs_one_convolution_with_frozen_statistics():
     counts = {}
-    for form in ('merged', 'branches'):
-        mixer = tiny('recnext_l', train_form=form, norm_eval=True).stages[1].blocks[0].rep_mixer
+    for fast in (True, False):
+        mixer = tiny('recnext_l', fast=fast, norm_eval=True).stages[1].blocks[0].rep_mixer
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             mixer(torch.zeros(1, 16, 8, 8))
-        counts[form] = next(e.count for e in profile.key_averages() if e.key == 'aten::conv2d')
-    assert counts == dict(merged=1, branches=2)
+        counts[fast] = next(e.count for e in profile.key_averages() if e.key == 'aten::conv2d')
+    assert counts == {True: 1, False: 2}
 
 
 def test_shared_blocks_add_the_attended_channels_of_the_four_before():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnext_mm import RepNeXt, prove, reparameterize
-from repnext_mm.reparam import PLANS
+from repnext_mm.network import PLANS
 
 TINY = dict(channels=(8, 16, 32, 64), depths=(1, 1, 2, 1))
 TINY_E = TINY | dict(single_branch=True)
@@ -27,17 +27,17 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 @ARCHS
-@pytest.mark.parametrize('plan', ['branches', 'exact'])
+@pytest.mark.parametrize('plan', ['upstream', 'full'])
 @pytest.mark.parametrize('size', [(64, 64), (75, 101), (9, 5)], ids=lambda s: f'{s[0]}x{s[1]}')
 def test_exact_plans_are_equal_at_every_size(arch, plan, size):
     model = trained(arch).double()
     fused = reparameterize(model, plan)
     assert all(e.max_rel < 1e-9 for e in prove(model, fused, size))
     blocks_and_downsamples = 5 + 3
-    assert len(norms(fused)) == (blocks_and_downsamples if plan == 'branches' else 0)
+    assert len(norms(fused)) == (blocks_and_downsamples if plan == 'upstream' else 0)
 
 
-@pytest.mark.parametrize('plan', ['branches', 'exact'])
+@pytest.mark.parametrize('plan', ['upstream', 'full'])
 def test_a_named_network_is_equal_in_float32(plan):
     model = trained('m1')
     for error in prove(model, reparameterize(model, plan), (64, 96)):
@@ -62,7 +62,7 @@ def test_single_says_where_it_is_not_exact_and_is_refused_unless_named():
     model = trained().double()
     with pytest.raises(ValueError, match=r'stages\.0\.blocks\.0\.token_mixer.*top and bottom 5'):
         reparameterize(model, 'single')
-    fused = reparameterize(model, 'single', accept_inexact=('border',))
+    fused = reparameterize(model, 'single', accept_inexact=True)
     inexact = {r.module for r in fused.fusion_report.inexact}
     assert inexact == {
         f'stages.{s}.blocks.{b}.token_mixer' for s, b in [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0)]
@@ -77,8 +77,8 @@ def test_single_says_where_it_is_not_exact_and_is_refused_unless_named():
 @ARCHS
 @pytest.mark.parametrize('plan', PLANS)
 def test_fused_weights_load_strictly_into_a_deploy_model(arch, plan):
-    fused = reparameterize(trained(arch), plan, accept_inexact=('border',))
-    deploy = RepNeXt(arch, deploy=True if plan == 'exact' else plan)
+    fused = reparameterize(trained(arch), plan, accept_inexact=True)
+    deploy = RepNeXt(arch, deploy=True if plan == 'full' else plan)
     assert deploy.plan == plan
     assert deploy.training
     deploy.eval().load_state_dict(fused.state_dict())
@@ -87,7 +87,7 @@ def test_fused_weights_load_strictly_into_a_deploy_model(arch, plan):
 
 def test_fusing_in_two_steps_equals_one():
     model = trained().double()
-    steps = reparameterize(reparameterize(model, 'branches'), 'exact')
+    steps = reparameterize(reparameterize(model, 'upstream'), 'full')
     assert all(e.max_rel < 1e-9 for e in prove(reparameterize(model), steps, (64, 64)))
     assert steps.state_dict().keys() == reparameterize(model).state_dict().keys()
 
@@ -110,12 +110,12 @@ def test_refusals():
         reparameterize(RepNeXt(TINY).train())
     with pytest.raises(ValueError, match=r'eval\(\)'):
         RepNeXt(TINY).train().switch_to_deploy()
-    with pytest.raises(ValueError, match="already fused with plan='exact'"):
-        reparameterize(reparameterize(trained()), 'branches')
-    with pytest.raises(ValueError, match='branches, exact, single'):
+    with pytest.raises(ValueError, match="already fused with plan='full'"):
+        reparameterize(reparameterize(trained()), 'upstream')
+    with pytest.raises(ValueError, match='upstream, full, single'):
         reparameterize(trained(), 'all')
-    with pytest.raises(ValueError, match='border'):
-        reparameterize(trained(), 'single', accept_inexact=('edges',))
+    with pytest.raises(TypeError, match='True or False'):
+        reparameterize(trained(), 'single', accept_inexact='border')
     with pytest.raises(TypeError, match='Sequential holds no backbone'):
         reparameterize(nn.Sequential().eval())
 
@@ -131,9 +131,9 @@ def test_report_lists_every_rewrite_and_the_counts():
     assert sum('forward' in r for r in rules) == 5
     assert sum('backward' in r for r in rules) == 3
     assert not report.norms_left
-    assert 'exact' in str(report)
+    assert 'plan full' in str(report)
     assert f'{report.params_after:,}' in str(report)
-    assert len(reparameterize(model, 'branches').fusion_report.norms_left) == 8
+    assert len(reparameterize(model, 'upstream').fusion_report.norms_left) == 8
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])

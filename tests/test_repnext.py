@@ -25,7 +25,7 @@ TINY = NETWORKS['repnext_m'][1]
 @pytest.mark.parametrize('size', [(64, 64), (75, 101), (33, 40)])
 def test_merged_equals_branches_in_outputs_and_every_gradient(size, train):
     merged = tiny('repnext_m').double().train(train)
-    branches = RepNeXt(TINY, train_form='branches').double().train(train)
+    branches = RepNeXt(TINY, fast=False).double().train(train)
     branches.load_state_dict(merged.state_dict())
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     for a, b in zip(merged(x), branches(x), strict=True):
@@ -38,14 +38,14 @@ def test_merged_equals_branches_in_outputs_and_every_gradient(size, train):
 
 def test_merged_form_runs_one_convolution_per_mixer():
     counts = {}
-    for form in ('merged', 'branches'):
-        model = RepNeXt(TINY, train_form=form).eval()
+    for fast in (True, False):
+        model = RepNeXt(TINY, fast=fast).eval()
         calls = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         with torch.no_grad(), calls as profile:
             model(torch.zeros(1, 3, 64, 64))
-        counts[form] = next(e.count for e in profile.key_averages() if e.key == 'aten::conv2d')
+        counts[fast] = next(e.count for e in profile.key_averages() if e.key == 'aten::conv2d')
     # 5 blocks and 3 downsamples with 2 branched mixers each: 4 + 7 kernels and 4 + 7 again.
-    assert counts['branches'] - counts['merged'] == (5 + 3) * (11 - 2)
+    assert counts[False] - counts[True] == (5 + 3) * (11 - 2)
 
 
 def test_drop_path_drops_whole_samples_only_in_training():
@@ -77,9 +77,9 @@ def test_drop_path_drops_whole_samples_only_in_training():
         (dict(norm_cfg=dict(type='GN')), ValueError, ['GN', 'SyncBN']),
         (dict(norm_cfg=dict(type='BN', groups=2)), ValueError, ['groups', 'eps']),
         (dict(norm_cfg='BN'), TypeError, ['norm_cfg', 'str']),
-        (dict(train_form='fused'), ValueError, ['fused', 'merged, branches']),
+        (dict(fast='merged'), TypeError, ["fast='merged'", 'True', 'False']),
         (dict(drop_path_rate=1.0), ValueError, ['drop_path_rate=1.0']),
-        (dict(deploy='fast'), ValueError, ['fast', 'branches, exact, single']),
+        (dict(deploy='fast'), ValueError, ['fast', 'upstream, full, single']),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(kwargs, error, words):

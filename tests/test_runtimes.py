@@ -47,7 +47,7 @@ def job(**options: Any) -> Job:
     metadata = dict(
         family='RepNeXt',
         arch=dict(backbone.settings),
-        plan='exact',
+        plan='full',
         out_indices=backbone.out_indices,
         size=SIZE,
         batch=1,

@@ -9,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import grads, image, tiny
 
-from repnext_mm.layers import depthwise_conv
-from repnext_mm.layers.forms import configure
-from repnext_mm.layers.linear_attention import RecursiveAttention
-from repnext_mm.layers.recursive import RECURSIVE_CONVS, SharedRecursiveConv
-from repnext_mm.layers.upsample import UPSAMPLE_MODES, Upsample, _Double
+from repnext_mm.backbones.recconv import (
+    RECURSIVE_CONVS,
+    UPSAMPLE_MODES,
+    SharedRecursiveConv,
+    Upsample,
+)
+from repnext_mm.backbones.recnext import RecursiveAttention
+from repnext_mm.layers import fast as door
+from repnext_mm.layers.execution import set_execution
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -53,9 +57,9 @@ def test_is_interpolation(dtype, tolerance, shape, mode, less, channels_last, se
 
 def test_blends_are_the_transpose_of_their_gradient():
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_Double.apply, x)
+    assert torch.autograd.gradcheck(door._Double.apply, x)
     # Gradients come as they come: expanded from a sum, or in the other layout.
-    out = _Double.apply(x)
+    out = door._Double.apply(x)
     (summed,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
     torch.testing.assert_close(summed, torch.full_like(x, 4))
     direction = torch.randn(out.shape, dtype=torch.float64)
@@ -75,19 +79,19 @@ def test_low_precision_rounds_no_more_than_twice(dtype):
 
 
 @pytest.mark.parametrize(
-    'train_form, layout, size, interpolations',
+    'fast, layout, size, interpolations',
     [
-        ('merged', torch.contiguous_format, (16, 16), 0),
-        ('merged', torch.contiguous_format, (15, 16), 1),
-        ('merged', torch.channels_last, (16, 16), 1),
-        ('branches', torch.contiguous_format, (16, 16), 1),
+        (True, torch.contiguous_format, (16, 16), 0),
+        (True, torch.contiguous_format, (15, 16), 1),
+        (True, torch.channels_last, (16, 16), 1),
+        (False, torch.contiguous_format, (16, 16), 1),
     ],
 )
 def test_only_contiguous_maps_are_blended_and_only_to_twice_the_size(
-    train_form, layout, size, interpolations
+    fast, layout, size, interpolations
 ):
     layer = Upsample()
-    configure(layer, train_form=train_form)
+    set_execution(layer, fast=fast)
     x = torch.randn(1, 4, 8, 8).contiguous(memory_format=layout)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out = layer(x, size)
@@ -99,19 +103,18 @@ def test_only_contiguous_maps_are_blended_and_only_to_twice_the_size(
 
 @pytest.mark.parametrize('name', ['recnext_m', 'recnext_a', 'recnext_l_share'])
 def test_published_form_of_a_network_interpolates(name):
-    model = tiny(name, train_form='branches')
+    model = tiny(name, fast=False)
     layers = [m for m in model.modules() if isinstance(m, Upsample)]
     assert layers
-    assert {layer.train_form for layer in layers} == {'branches'}
+    assert not any(layer.fast for layer in layers)
     merged = tiny(name)
-    assert {m.train_form for m in merged.modules() if isinstance(m, Upsample)} == {'merged'}
+    assert all(m.fast for m in merged.modules() if isinstance(m, Upsample))
 
 
 @pytest.mark.parametrize('side', [128, 75])
 def test_network_of_series_m_learns_the_same_in_both_forms(side):
     merged, published = (
-        tiny('recnext_m', train_form=form, channels_last=False).double()
-        for form in ('merged', 'branches')
+        tiny('recnext_m', fast=fast, channels_last=False).double() for fast in (True, False)
     )
     x = image(merged, dtype=torch.float64)[..., :side, :side]
     for a, b in zip(merged(x), published(x), strict=True):
@@ -160,15 +163,15 @@ def test_exporters_see_an_interpolation(build):
 
 def test_recursion_takes_its_kernels_gradients_the_fast_way(monkeypatch):
     """In channels_last, with maps that are large enough; equal to the published form's."""
-    monkeypatch.setattr(depthwise_conv, '_lacks_wide_gradient', lambda: True)
-    monkeypatch.setattr(depthwise_conv, 'WORTHWHILE', 0)
+    monkeypatch.setattr(door, '_lacks_wide_gradient', lambda: True)
+    monkeypatch.setattr(door, 'WORTHWHILE', 0)
     mixer = SharedRecursiveConv(8, level=2, bias=True)
     x = torch.randn(2, 8, 16, 24).contiguous(memory_format=torch.channels_last)
     found = {}
-    for form in ('branches', 'merged'):
-        configure(mixer, train_form=form)
+    for fast in (False, True):
+        set_execution(mixer, fast=fast)
         out = mixer(x)
-        assert ('_SplitGradient' in str(out.grad_fn)) == (form == 'merged')
-        found[form] = torch.autograd.grad(out.square().sum(), [*mixer.parameters()])
+        assert ('_SplitGradient' in str(out.grad_fn)) == fast
+        found[fast] = torch.autograd.grad(out.square().sum(), [*mixer.parameters()])
     for a, b in zip(*found.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

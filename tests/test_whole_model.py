@@ -49,7 +49,7 @@ def test_the_same_model_without_norms_in_its_backbone(
     before, after = load(model.config, model.checkpoint), load(config, checkpoint)
     assert any(isinstance(m, _BatchNorm) for m in before.backbone.modules())
     assert not any(isinstance(m, _BatchNorm) for m in after.backbone.modules())
-    assert after.backbone.plan == 'exact'
+    assert after.backbone.plan == 'full'
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         for one, other in zip(before.extract_feat(x), after.extract_feat(x)):
@@ -78,7 +78,7 @@ def test_it_is_timed_against_the_trained_one(
     assert all(row['p50_ms'] > 0 and row['runs'] >= 2 for row in rows)
 
 
-@pytest.mark.parametrize('plan, deploy', [('exact', True), ('branches', 'branches')])
+@pytest.mark.parametrize('plan, deploy', [('full', True), ('upstream', 'upstream')])
 def test_the_derived_config_stands_alone(plan: str, deploy: bool | str, tmp_path: Path) -> None:
     config = tmp_path / 'trained.py'
     config.write_text(
@@ -102,7 +102,7 @@ def test_the_derived_config_stands_alone(plan: str, deploy: bool | str, tmp_path
 
 def test_other_plans(models: dict[str, Trained], tmp_path: Path) -> None:
     """Loading is strict: names and shapes are those that the config builds."""
-    for plan in ('branches', 'single'):
+    for plan in ('upstream', 'single'):
         checkpoint, config = save_whole_model(
             models['seg'].config, models['seg'].checkpoint, tmp_path, plan
         )
@@ -138,7 +138,7 @@ def test_what_is_refused(models: dict[str, Trained], tmp_path: Path) -> None:
     assert not out.exists()
 
     checkpoint, config = save_whole_model(seg.config, seg.checkpoint, out)
-    refused(ModelError, "already fused with plan 'exact'", config, checkpoint, tmp_path / 'again')
+    refused(ModelError, "already fused with plan 'full'", config, checkpoint, tmp_path / 'again')
     refused(
         UsageError, 'seg_exact.pth exists already; add --force', seg.config, seg.checkpoint, out
     )

@@ -17,35 +17,26 @@ from timm.models import inception_next as timm_inception_next
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.forms import TrainingLayer
-from ..layers.fusible import Fusible, Note
-from ..layers.gelu import GELU
-from ..layers.metanext import linear_rates, make_stages
-from ..layers.norm_folding import convolve, frozen_affine, separate
-from ..layers.recompute import Recomputed, kept_as_recipes
-from ..reparam import folding, kernels
-from ..reparam.plans import Plan
-from .pyramid import PyramidBackbone
+from ..layers.blocks import GELU, linear_rates, make_stages
+from ..layers.execution import FastLayer, are_hooked
+from ..layers.fast import Chain, chain
+from ..network import Plan
+from ..reparam import Fusible, Note, folding, kernels
+from .base import PyramidBackbone
 
 
-class PatchEmbedding(nn.Sequential, Fusible, TrainingLayer):
+class PatchEmbedding(Chain):
     """4x4 convolution of stride 4, then norm. `(N, 3, H, W) -> (N, C, H // 4, W // 4)`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(nn.Conv2d(3, channels, 4, stride=4), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv, norm = cast('tuple[nn.Conv2d, nn.BatchNorm2d]', tuple(self))
-        if norm.training or not self.merges():
-            return norm(conv(x))
-        return convolve(x, conv, after=frozen_affine(norm))
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         note('convolution and norm to one convolution')
         return folding.fold_norm_backward(*self)
 
 
-class PatchMerging(nn.Sequential, Fusible, TrainingLayer):
+class PatchMerging(Chain):
     """Norm, then 2x2 convolution of stride 2. `(N, C, H, W) -> (N, C', H // 2, W // 2)`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -53,21 +44,14 @@ class PatchMerging(nn.Sequential, Fusible, TrainingLayer):
             nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, out_channels, 2, stride=2)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        norm, conv = cast('tuple[nn.BatchNorm2d, nn.Conv2d]', tuple(self))
-        if not self.merges():
-            return conv(norm(x))
-        x, affine = separate(norm, x)
-        return convolve(x, conv, before=affine)
-
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
-        if plan == 'branches':
+        if plan == 'upstream':
             return self
         note('norm forward into the unpadded convolution after it')
         return folding.fold_norm_forward(*self)
 
 
-class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, TrainingLayer):
+class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, FastLayer):
     """timm's block: `x + drop_path(gamma * mlp(norm(token_mixer(x))))`, shape-preserving."""
 
     token_mixer: nn.Module
@@ -77,35 +61,45 @@ class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, TrainingLayer):
     gamma: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.merges():
+        if not self.is_fast() or are_hooked(self.children()):
             return super().forward(x)
-        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
-        mixed, affine = separate(self.norm, self.token_mixer(x))
-        hidden = convolve(mixed, fc1, before=affine)
-        activated = act(hidden)
-        recipe = Recomputed(activated, act, hidden) if self.recomputes() else None
-        with kept_as_recipes(recipe):
-            out = fc2(activated)
+        mixed = self.token_mixer(x)
+        out = chain(self, mixed, self.norm, self.mlp.fc1, self.mlp.act, self.mlp.fc2)
         # Folded into `fc2`, a small layer scale would vanish in float16.
         if self.gamma is not None:
             out = out * self.gamma.view(1, -1, 1, 1)
         return x + self.drop_path(out)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
-        if plan == 'branches':
+        if plan == 'upstream':
             return self
+        mlp, mixer = self.mlp, self.token_mixer
         if isinstance(self.norm, _BatchNorm):
             note('norm forward into the 1x1 convolution after it')
-            self.mlp.fc1 = folding.fold_norm_forward(self.norm, self.mlp.fc1)
-            self.norm = nn.Identity()
+            mlp.fc1 = folding.fold_norm_forward(self.norm, mlp.fc1)
         if self.gamma is not None:
             note('layer scale backward into the 1x1 convolution before it')
             scale = self.gamma.double()
-            folded = kernels.fold_output(
-                *folding.weights(self.mlp.fc2), scale, torch.zeros_like(scale)
-            )
-            self.mlp.fc2 = folding.conv2d(*folded, like=self.mlp.fc2)
-            self.gamma = None
+            weight, bias = folding.folded(mlp.fc2, after=(scale, torch.zeros_like(scale)))
+            mlp.fc2 = folding.conv2d(weight, bias, like=mlp.fc2)
+        if plan == 'single' and not isinstance(mixer, nn.Conv2d):
+            mixer = _single_kernel(mixer, note)
+        return FusedInceptionBlock(mixer, mlp, self.drop_path)
+
+
+class FusedInceptionBlock(Fusible):
+    """A block without norm and layer scale: `x + drop_path(mlp(token_mixer(x)))`."""
+
+    def __init__(self, token_mixer: Any, mlp: nn.Module, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.token_mixer = token_mixer
+        self.mlp = mlp
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.token_mixer(x)))
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
         if plan == 'single' and not isinstance(self.token_mixer, nn.Conv2d):
             self.token_mixer = _single_kernel(self.token_mixer, note)
         return self

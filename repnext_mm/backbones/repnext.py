@@ -2,20 +2,274 @@
 
 Published code and weights: https://github.com/suous/RepNeXt (Apache-2.0). Written from the
 paper; differences: branches are merged in the training form too, stages are the only indices,
-and norms can be frozen, synchronised and fully folded.
+and norms can be frozen, synchronized and fully folded.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.metanext import Downsample, MetaNeXtBlock, conv_stem, make_stages
-from ..layers.repconv import ChunkConv, CopyConv
-from .pyramid import PyramidBackbone
+from ..layers import fast
+from ..layers.blocks import Downsample, MetaNeXtBlock, conv_stem, make_stages
+from ..layers.execution import FastLayer, are_hooked
+from ..network import Plan
+from ..reparam import Fusible, Note, folding, kernels
+from ..reparam.folding import Affine
+from .base import PyramidBackbone
+
+#: One branch: the sizes of the kernels that it applies one after the other.
+Branch = tuple[tuple[int, int], ...]
+
+# Section 3.2: the depthwise branches of the small and the medium chunk. The downsample's small
+# chunk has its two strips in series.
+SMALL: tuple[Branch, ...] = (((3, 3),), ((1, 3),), ((3, 1),), ((2, 2),))
+SMALL_SERIAL: tuple[Branch, ...] = (((3, 3),), ((1, 3), (3, 1)), ((2, 2),))
+MEDIUM: tuple[Branch, ...] = (
+    ((7, 7),),
+    ((5, 3),),
+    ((3, 5),),
+    ((1, 7), (7, 1)),
+    ((1, 5), (5, 1)),
+)
+LARGE = 11
+
+
+def branch_name(size: tuple[int, int]) -> str:
+    """Published name of a branch convolution: 7x7 `conv_7_7`, 1x7 `conv_7_w`, 7x1 `conv_7_h`."""
+    height, width = size
+    if height == 1:
+        return f'conv_{width}_w'
+    return f'conv_{height}_h' if width == 1 else f'conv_{height}_{width}'
+
+
+def branch_dilation(size: tuple[int, int]) -> int:
+    """2x2 kernels are spread over a 3x3 window; all others are dense."""
+    return 2 if size == (2, 2) else 1
+
+
+class BranchedDepthwise(Fusible, FastLayer):
+    """Sum of parallel depthwise branches, each one kernel or a pair of strips in series.
+
+    There is no norm and no nonlinearity inside, so the sum is one depthwise convolution of the
+    largest kernel. That kernel is composed from the branch parameters in every forward pass: same
+    parameters and gradients, one convolution instead of one per kernel. The reference computes
+    branch by branch, as published.
+    `(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))`
+
+    Single kernels have a bias, strip pairs have none (RepNeXt, arXiv 2406.16004, section 3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        branches: tuple[Branch, ...],
+        stride: int = 1,
+    ) -> None:
+        super().__init__()
+        self.branches = branches
+        self.stride = stride
+        self.kernel_size = max(size for branch in branches for size in branch)
+        self.groups = channels
+        for branch in branches:
+            for size in branch:
+                # A strip strides along its own direction only; its partner does the other.
+                steps = (stride, stride) if len(branch) == 1 else _strip_stride(size, stride)
+                dilation = branch_dilation(size)
+                height, width = (dilation * (k - 1) // 2 for k in size)
+                conv = nn.Conv2d(
+                    channels,
+                    channels,
+                    size,
+                    stride=steps,
+                    padding=(height, width),
+                    dilation=dilation,
+                    groups=channels,
+                    bias=len(branch) == 1,
+                )
+                self.add_module(branch_name(size), conv)
+
+    def convs(self, branch: Branch) -> list[nn.Conv2d]:
+        """The convolutions of one branch, in order."""
+        return [self.get_submodule(branch_name(size)) for size in branch]  # type: ignore[misc]
+
+    def merged_kernel(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Weight `(C, 1, kh, kw)` and bias `(C,)` of the complete sum, composed in `dtype`."""
+        weights, biases = [], []
+        for branch in self.branches:
+            first, *rest = self.convs(branch)
+            weight = kernels.dilate_kernel(first.weight.to(dtype), first.dilation[0])
+            for conv in rest:
+                weight = kernels.compose_strips(weight, conv.weight.to(dtype))
+            weights.append(kernels.pad_kernel(weight, self.kernel_size))
+            if first.bias is not None:
+                biases.append(first.bias.to(dtype))
+        return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
+
+    def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
+        """`after` is applied to the output, only where this layer is fast."""
+        if not self.is_fast() or are_hooked(self.children()):
+            assert after is None
+            return self.forward_branches(x)
+        weight, bias = self.merged_kernel()
+        if after is not None:
+            weight, bias = kernels.fold_output(weight, bias, *after)
+        padding = self.kernel_size[0] // 2, self.kernel_size[1] // 2
+        return fast.depthwise_conv2d(x, weight.to(x.dtype), bias.to(x.dtype), self.stride, padding)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The sum of all branches, as published."""
+        outs = []
+        for branch in self.branches:
+            out = x
+            for conv in self.convs(branch):
+                out = conv(out)
+            outs.append(out)
+        return sum(outs[1:], start=outs[0])
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        note(f'{len(self.branches)} depthwise branches to one kernel')
+        return folding.conv2d(
+            *self.merged_kernel(torch.float64),
+            like=self.convs(self.branches[0])[0],
+            padding=tuple(k // 2 for k in self.kernel_size),
+        )
+
+    def extra_repr(self) -> str:
+        return f'stride={self.stride}'
+
+
+def _strip_stride(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    return (1, stride) if size[0] == 1 else (stride, 1)
+
+
+class ChunkConv(Fusible, FastLayer):
+    """Four channel chunks: identity, small, medium and large depthwise convolutions.
+
+    `(N, C, H, W) -> (N, C, H, W)`, C divisible by 4 (RepNeXt, arXiv 2406.16004, section 3.2).
+    """
+
+    # BranchedDepthwise while training, Conv2d once fused.
+    conv_s: Any
+    conv_m: Any
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = channels // 4
+        self.conv_s = BranchedDepthwise(width, SMALL)
+        self.conv_m = BranchedDepthwise(width, MEDIUM)
+        pad = LARGE // 2
+        self.conv_l = fast.Chain(
+            nn.Conv2d(width, width, (1, LARGE), padding=(0, pad), groups=width),
+            nn.Conv2d(width, width, (LARGE, 1), padding=(pad, 0), groups=width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        i, s, m, large = fast.chunk(x, 4) if self.is_fast() else x.chunk(4, dim=1)
+        return torch.cat((i, self.conv_s(s), self.conv_m(m), self.conv_l(large)), dim=1)
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        if plan != 'single':
+            return self
+        row, column = cast(list[nn.Conv2d], list(self.conv_l))
+        size = (LARGE, LARGE)
+        row_weight, row_bias = folding.weights(row)
+        column_weight, column_bias = folding.weights(column)
+        note(
+            'chunk convolution to one 11x11 depthwise convolution',
+            'border' if row_bias.is_meta or row_bias.any() else 'exact',
+        )
+        small, small_bias = folding.weights(self.conv_s)
+        medium, medium_bias = folding.weights(self.conv_m)
+        weight = torch.cat(
+            (
+                kernels.identity_kernel(row.groups, size, small.dtype, small.device),
+                kernels.pad_kernel(small, size),
+                kernels.pad_kernel(medium, size),
+                kernels.compose_strips(row_weight, column_weight),
+            )
+        )
+        large_bias = kernels.strip_bias(column_weight, row_bias, column_bias)
+        bias = torch.cat((torch.zeros_like(small_bias), small_bias, medium_bias, large_bias))
+        return folding.conv2d(weight, bias, like=row, padding=LARGE // 2, groups=4 * row.groups)
+
+
+class CopyConv(fast.NormFolding, Fusible):
+    """Small and medium depthwise convolutions of stride 2 over the same input, concatenated.
+
+    `(N, C, H, W) -> (N, 2C, ceil(H / 2), ceil(W / 2))` (RepNeXt, arXiv 2406.16004, section 3.2).
+    """
+
+    conv_s: Any
+    conv_m: Any
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_s = BranchedDepthwise(channels, SMALL_SERIAL, stride=2)
+        self.conv_m = BranchedDepthwise(channels, MEDIUM, stride=2)
+
+    def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
+        """`after` is applied to the output, only where this layer is fast."""
+        if after is None:
+            return torch.cat([self.conv_s(x), self.conv_m(x)], dim=1)
+        small, medium = zip(*(t.chunk(2) for t in after), strict=True)
+        return torch.cat(
+            [fast.scaled(self.conv_s, x, small), fast.scaled(self.conv_m, x, medium)], dim=1
+        )
+
+    def fold_norm_backward(self, norm: _BatchNorm) -> CopyConv:
+        """Fold the norm that follows into the two convolutions, each with its own channels."""
+        scales, shifts = (t.chunk(2) for t in folding.norm_affine(norm))
+        for name, scale, shift in zip(('conv_s', 'conv_m'), scales, shifts, strict=True):
+            conv = cast(nn.Conv2d, self.get_submodule(name))
+            weight, bias = folding.folded(conv, after=(scale, shift))
+            setattr(self, name, folding.conv2d(weight, bias, like=conv))
+        return self
+
+    def fuse(self, plan: Plan, note: Note) -> nn.Module:
+        if plan != 'single':
+            return self
+        note('copy convolution to one 7x7 convolution with two outputs per channel')
+        small, small_bias = folding.weights(self.conv_s)
+        medium, medium_bias = folding.weights(self.conv_m)
+        weight = kernels.interleave(kernels.pad_kernel(small, medium.shape[-2:]), medium)
+        bias = kernels.interleave(small_bias, medium_bias)
+        return DeinterleavedConv2d(folding.conv2d(weight, bias, like=self.conv_m))
+
+
+class DeinterleavedConv2d(fast.NormFolding):
+    """Grouped convolution C -> 2C whose outputs are reordered from pairs to halves.
+
+    A convolution with C groups puts the two outputs of an input channel side by side; the copy
+    convolution that it replaces concatenates all first outputs, then all second ones. Its own key
+    `conv` keeps its weights apart from those of a single-branch network, which keeps the pairs.
+    `(N, C, H, W) -> (N, 2C, H', W')`
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
+        """`after` is applied to the output."""
+        pairs = fast.scaled(self.conv, x, after and _in_pairs(after))
+        return pairs.unflatten(1, (self.conv.groups, 2)).transpose(1, 2).flatten(1, 2)
+
+    def fold_norm_backward(self, norm: _BatchNorm) -> DeinterleavedConv2d:
+        """Fold the norm that follows, whose channels come in halves, into the convolution."""
+        weight, bias = folding.folded(self.conv, after=_in_pairs(folding.norm_affine(norm)))
+        return DeinterleavedConv2d(folding.conv2d(weight, bias, like=self.conv))
+
+
+def _in_pairs(affine: Affine) -> Affine:
+    """Reordered from halves to pairs."""
+    scale, shift = (kernels.interleave(*t.chunk(2)) for t in affine)
+    return scale, shift
 
 
 def _row(width: int, depths: tuple[int, ...], **extra: Any) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..backbones.pyramid import PyramidBackbone
-from ..reparam.plans import INEXACT, PLANS, Plan
+from ..network import PLANS, Network, Plan
+from ..reparam import reparameterize
 from .errors import CheckpointError
 from .fetching import local_path
-from .matching import Match, describe, find_fit, match_keys, network_shapes
+from .matching import Match, find_fit, match_keys, network_shapes
 from .published import Published, find_published, names_for
 from .reading import Weights, file_kind, read_checkpoint, read_weights
 
@@ -56,7 +56,7 @@ class LoadReport:
 
 
 def load_pretrained(
-    model: PyramidBackbone,
+    model: Network,
     checkpoint: str | os.PathLike[str],
     *,
     prefix: str | None = None,
@@ -80,7 +80,7 @@ def load_pretrained(
             `allow_partial`, less than 99 % of the keys of model and file match.
         TypeError: `model` is not a backbone of this package.
     """
-    if not isinstance(model, PyramidBackbone):
+    if not isinstance(model, Network):
         raise TypeError(
             f'{type(model).__name__} is not a backbone of repnext_mm; pass the backbone itself, '
             'such as detector.backbone.'
@@ -98,7 +98,7 @@ def load_pretrained(
 
     report = LoadReport(
         source=source,
-        model=_describe_model(model),
+        model=model.describe(),
         weights=str(weights),
         match=match,
         fused_from='' if plan == model.plan else f'; {_form(plan)}, fused on loading',
@@ -136,7 +136,7 @@ def ensure_safe(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def _choose_form(
-    model: PyramidBackbone, weights: Weights, prefix: str | None, allow_partial: bool
+    model: Network, weights: Weights, prefix: str | None, allow_partial: bool
 ) -> tuple[Plan | None, Match]:
     """The form of the file, of those that the model can take, and the match in that form."""
     file = {key: tensor.shape for key, tensor in weights.tensors.items()}
@@ -159,7 +159,7 @@ def _choose_form(
 
     fit = find_fit(file, prefix, like=model)
     text = (
-        f'{weights.label} does not fit {_describe_model(model)}: {len(own.matched)} of {own.total} '
+        f'{weights.label} does not fit {model.describe()}: {len(own.matched)} of {own.total} '
         f'keys match ({own.ratio:.0%})'
     )
     if fit is None:
@@ -182,17 +182,17 @@ def _choose_form(
     raise CheckpointError(text)
 
 
-def _check_published(model: PyramidBackbone, published: Published) -> None:
+def _check_published(model: Network, published: Published) -> None:
     """Refuse a published file that cannot fit, before it is downloaded."""
     wrong_arch = (type(model).__name__, model.arch) != (published.family, published.arch)
     fused = published.plan is not None and model.plan is None
     if model.arch in model.arch_zoo and (wrong_arch or fused):
         deploy = f', deploy={published.plan!r}' if fused else ''
         rivals = names_for(type(model).__name__, model.arch, fused=model.plan is not None)
-        instead = f'; for {_describe_model(model)} there are {", ".join(rivals)}' if rivals else ''
+        instead = f'; for {model.describe()} there are {", ".join(rivals)}' if rivals else ''
         raise CheckpointError(
             f'{published.name!r} holds {published.family}(arch={published.arch!r}{deploy}), which '
-            f'does not fit {_describe_model(model)}{instead}.'
+            f'does not fit {model.describe()}{instead}.'
         )
 
 
@@ -207,21 +207,14 @@ def _check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def _fuse_state(
-    model: PyramidBackbone, plan: Plan | None, tensors: Mapping[str, Tensor]
+    model: Network, plan: Plan | None, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state of `model`'s form from one of the same network in an earlier form."""
     twin = type(model)(model.settings, norm_cfg=model.norm_cfg, deploy=plan or False)
     twin.load_state_dict(tensors, strict=False)
-    twin.eval()
-    assert model.plan is not None, 'a training model takes training files only'
-    # Who built the model with this plan has accepted what it is not exact in.
-    twin.switch_to_deploy(model.plan, tuple(INEXACT))
-    return twin.state_dict()
-
-
-def _describe_model(model: PyramidBackbone) -> str:
-    arch = model.arch if model.arch in model.arch_zoo else None
-    return describe(type(model), arch, model.plan)
+    assert model.plan is not None, 'training files only are loaded into a training model'
+    # Whoever built the model with this plan has accepted that it is not exact.
+    return reparameterize(twin.eval(), model.plan, accept_inexact=True).state_dict()
 
 
 def _form(plan: Plan | None) -> str:

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import backbones
-from ..backbones.pyramid import PyramidBackbone
-from ..reparam.plans import PLANS, Plan
+from ..network import PLANS, Network, Plan, describe, families
 from .errors import CheckpointError
 
 #: A file fits a network when at least this share of the keys of both together match.
@@ -61,20 +59,13 @@ class Match:
 class Fit:
     """A network that a file fits."""
 
-    family: type[PyramidBackbone]
+    family: type[Network]
     arch: str | None
     plan: Plan | None
     match: Match
 
     def __str__(self) -> str:
         return describe(self.family, self.arch, self.plan)
-
-
-def describe(family: type[PyramidBackbone], arch: str | None, plan: Plan | None) -> str:
-    """The call that builds this network; `arch` None stands for one given as a dict."""
-    arch_text = 'arch=dict(...)' if arch is None else f'arch={arch!r}'
-    deploy = '' if plan is None else f', deploy={True if plan == "exact" else plan!r}'
-    return f'{family.__name__}({arch_text}{deploy})'
 
 
 def match_keys(file: Shapes, network: Shapes, prefix: str | None = None) -> Match:
@@ -145,28 +136,14 @@ def _match_below(prefix: str, file: Shapes, network: Shapes) -> Match:
     )
 
 
-def network_shapes(
-    family: type[PyramidBackbone], arch: str | dict[str, Any], plan: Plan | None
-) -> Shapes:
+def network_shapes(family: type[Network], arch: str | dict[str, Any], plan: Plan | None) -> Shapes:
     """Names and shapes of a network's state; no memory is taken for it."""
     with torch.device('meta'):
         network = family(arch, deploy=plan or False)
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def families(base: type[PyramidBackbone] = PyramidBackbone) -> Iterator[type[PyramidBackbone]]:
-    """The families of this package and of whoever builds on it."""
-    for name in backbones.__all__:
-        getattr(backbones, name)  # imports the family
-    for family in base.__subclasses__():
-        if hasattr(family, 'arch_zoo'):
-            yield family
-        yield from families(family)
-
-
-def find_fit(
-    file: Shapes, prefix: str | None = None, like: PyramidBackbone | None = None
-) -> Fit | None:
+def find_fit(file: Shapes, prefix: str | None = None, like: Network | None = None) -> Fit | None:
     """The network that a file fits, if there is one; `like` and its family are tried first."""
     stems = {k: s for k, s in file.items() if re.search(r'(^|\.)stem\.', k)}
     # A training form has norms in its stem, and no fused form has any there.
@@ -175,7 +152,7 @@ def find_fit(
     # The stem's last convolution has the width of the first stage, which spares most variants.
     width = max((shape[0] for shape in stems.values() if len(shape) == 4), default=0)
 
-    def forms() -> Iterator[tuple[type[PyramidBackbone], str | None, Plan | None, Shapes]]:
+    def forms() -> Iterator[tuple[type[Network], str | None, Plan | None, Shapes]]:
         if like is not None and like.arch not in like.arch_zoo:
             for plan in plans:
                 yield type(like), None, plan, network_shapes(type(like), like.settings, plan)

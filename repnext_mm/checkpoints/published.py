@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..reparam.plans import Plan
+from ..network import Plan
 
 #: Where the hub's files lie, unless `HF_ENDPOINT` names a mirror.
 HUB = 'https://huggingface.co'
@@ -29,13 +29,13 @@ _RECNEXT_2 = 'https://github.com/suous/RecNeXt/releases/download/v2.0/recnext_{a
 _RECNEXT_HUB = HUB + '/suous/recnext_{arch}.'
 _INCEPTION_NEXT = HUB + '/timm/inception_next_{arch}.'
 _HUB_FILE = '/resolve/main/model.safetensors'
-_FORMS: tuple[tuple[str, Plan | None], ...] = (('.pth', None), ('_fused.pt', 'branches'))
+_FORMS: tuple[tuple[str, Plan | None], ...] = (('.pth', None), ('_fused.pt', 'upstream'))
 
 #: Family, its variants, where their files lie, and how those are fused (None: training form).
 RELEASES: tuple[tuple[str, tuple[str, ...], str, Plan | None], ...] = (
     # ImageNet-1k, 300 epochs, RepViT's recipe with distillation; and the same, fused.
     ('RepNeXt', _M0_TO_M5, _REPNEXT + 'distill_300e.pth', None),
-    ('RepNeXt', _M0_TO_M5, _REPNEXT + 'distill_300e_fused.pt', 'branches'),
+    ('RepNeXt', _M0_TO_M5, _REPNEXT + 'distill_300e_fused.pt', 'upstream'),
     # ImageNet-1k, 300 epochs, StarNet's recipe without and with distillation.
     ('RepNeXt', _M0_TO_M2, _REPNEXT + 'sz224_4xbs512_ep300.pth.tar', None),
     ('RepNeXt', _M0_TO_M2, _REPNEXT + 'sz224_4xbs256_ep300_distill.pth.tar', None),

@@ -1,4 +1,4 @@
-"""Latency of artifacts in their runtimes, against plan `branches` in the same runtime.
+"""Latency of artifacts in their runtimes, against plan `upstream` in the same runtime.
 
 Every runtime has a process of its own, on the same cores with the same number of threads; only one
 runs at a time, in interleaved rounds. A turn begins with one run that is not counted. Images go in
@@ -24,9 +24,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..backbones.pyramid import PyramidBackbone
+from ..backbones import PyramidBackbone
 from ..engine.quiet import muffled
-from ..reparam import Plan, reparameterize
+from ..network import Plan
+from ..reparam import reparameterize
 from ..timing import (
     Deadline,
     Floor,
@@ -58,7 +59,7 @@ TORCH_MODES: dict[str, Record] = {
     'eager channels_last': {'layout': 'channels_last', 'compile': False},
     'compiled': {'layout': 'channels_last', 'compile': True},
 }
-BRANCHES: Plan = 'branches'
+UPSTREAM: Plan = 'upstream'
 
 
 class BenchError(UsageError):
@@ -76,7 +77,7 @@ class Subject:
         name: Unique, for people.
         worker: Process that it runs in; one per runtime.
         spec: What `open_subject` takes.
-        reference: Name of the row with plan `branches` in the same runtime and precision; of
+        reference: Name of the row with plan `upstream` in the same runtime and precision; of
             float32 where the artifact is int8.
         path: The artifact, relative to its folder.
     """
@@ -108,14 +109,14 @@ def _open_network(network: Record, image: torch.Tensor) -> Callable[[], Any]:
     from .. import backbones
 
     family = getattr(backbones, network['family'])
-    # Plan `branches` stands for the published code, in the layout that is asked for and no other.
+    # Plan `upstream` stands for the published code, in the layout that is asked for and no other.
     model = family(
         network['arch'],
         out_indices=network['out_indices'],
-        train_form='branches' if network['plan'] == BRANCHES else 'merged',
+        fast=network['plan'] != UPSTREAM,
         channels_last=network['layout'] == 'channels_last',
     ).eval()
-    model = reparameterize(model, network['plan'], accept_inexact=('border',))
+    model = reparameterize(model, network['plan'], accept_inexact=True)
     layout = (
         torch.channels_last if network['layout'] == 'channels_last' else torch.contiguous_format
     )
@@ -359,7 +360,7 @@ class Network:
     def fused(self, plan: Plan) -> PyramidBackbone:
         """With weights as initialised."""
         model = self.family(self.arch, out_indices=self.out_indices).eval()
-        return reparameterize(model, plan, accept_inexact=('border',))
+        return reparameterize(model, plan, accept_inexact=True)
 
     def spec(self, plan: Plan, **options: Any) -> Record:
         """As `open_subject` takes it."""
@@ -375,33 +376,33 @@ class Network:
 def torch_subjects(
     network: Network,
     shape: Sequence[int],
-    plans: Iterable[Plan] = ('exact',),
+    plans: Iterable[Plan] = ('full',),
     modes: Iterable[str] = tuple(TORCH_MODES),
 ) -> list[Subject]:
-    """PyTorch in its modes, `branches` first in each."""
+    """PyTorch in its modes, `upstream` first in each."""
     subjects = []
     for mode in modes:
         options = TORCH_MODES[mode]
-        for plan in dict.fromkeys([BRANCHES, *plans]):
+        for plan in dict.fromkeys([UPSTREAM, *plans]):
             subjects.append(
                 Subject(
                     f'torch {mode}, {plan}',
                     f'torch {mode}',
                     {'shape': list(shape), 'network': network.spec(plan, **options)},
-                    f'torch {mode}, {BRANCHES}',
+                    f'torch {mode}, {UPSTREAM}',
                     {'format': 'torch', 'plan': plan, 'path': None, 'mode': mode},
                 )
             )
     return subjects
 
 
-BASELINE = f'torch eager, {BRANCHES}'
+BASELINE = f'torch eager, {UPSTREAM}'
 
 
 def artifact_subject(
     row: Format, path: Path, shape: Sequence[int], plan: str, dtype: str, precision: str | None
 ) -> Subject:
-    """The row of one artifact, compared with that of plan `branches`."""
+    """The row of one artifact, compared with that of plan `upstream`."""
     computed = precision or dtype
     base = precision or float_dtype(dtype)
     spec: Record = {'shape': list(shape), 'path': str(row.file(path).resolve())}
@@ -411,7 +412,7 @@ def artifact_subject(
         _row_name(row, plan, computed),
         row.name,
         spec,
-        _row_name(row, BRANCHES, base),
+        _row_name(row, UPSTREAM, base),
         {'format': row.name, 'plan': plan, 'path': path.name, 'dtype': dtype, 'mode': None},
     )
 
@@ -436,7 +437,7 @@ def bench_artifacts(
     Args:
         artifacts: Their records in report.json, all of one size and batch.
         folder: Where they are.
-        network: What they were made from; `branches` artifacts are made from it for the time of
+        network: What they were made from; `upstream` artifacts are made from it for the time of
             the measurement where there are none.
         threads: Threads and cores; all that this process may use when None.
         schedule: How long.
@@ -453,7 +454,7 @@ def bench_artifacts(
             row = FORMATS[record['format']]
             if row.runtime is None or record['status'] != 'ok' or row.runtime == 'torch':
                 continue
-            base = _branches_of(record, artifacts, folder, network, shape, Path(scratch))
+            base = _upstream_of(record, artifacts, folder, network, shape, Path(scratch))
             rows += _artifact_rows(row, record, folder, base, shape, reduced)
         unique = {row.name: row for row in rows}
         return measure(
@@ -465,7 +466,7 @@ def bench_artifacts(
         )
 
 
-def _branches_of(
+def _upstream_of(
     record: Record,
     artifacts: Sequence[Record],
     folder: Path,
@@ -473,15 +474,15 @@ def _branches_of(
     shape: Sequence[int],
     scratch: Path,
 ) -> Path:
-    """The `branches` artifact to compare with, in float where `record` is int8; made if need be."""
+    """The `upstream` artifact to compare with, in float where `record` is int8; made if need be."""
     row, dtype = FORMATS[record['format']], float_dtype(record['dtype'])
     for other in artifacts:
         same = (other['format'], other['dtype']) == (row.name, dtype)
-        if same and other['metadata']['plan'] == BRANCHES:
+        if same and other['metadata']['plan'] == UPSTREAM:
             return folder / other['path']
-    path = scratch / f'{BRANCHES}_{dtype}{row.suffix}'
+    path = scratch / f'{UPSTREAM}_{dtype}{row.suffix}'
     if not path.exists():
-        export(row, network.fused(BRANCHES), shape, path, dtype, opset=record.get('opset'))
+        export(row, network.fused(UPSTREAM), shape, path, dtype, opset=record.get('opset'))
     return path
 
 
@@ -493,13 +494,13 @@ def _artifact_rows(
     shape: Sequence[int],
     reduced: Sequence[str],
 ) -> Iterator[Subject]:
-    """An artifact and the `branches` artifact it is compared with, both in every precision."""
+    """An artifact and the `upstream` artifact it is compared with, both in every precision."""
     plan, dtype = record['metadata']['plan'], record['dtype']
     precisions: list[str | None] = [None]
     if row.name == 'openvino' and dtype == 'fp32':
         precisions += [name for name in reduced if openvino_takes(name)]
     for precision in precisions:
-        yield artifact_subject(row, base, shape, BRANCHES, float_dtype(dtype), precision)
+        yield artifact_subject(row, base, shape, UPSTREAM, float_dtype(dtype), precision)
         subject = artifact_subject(row, folder / record['path'], shape, plan, dtype, precision)
         yield replace(subject, facts={**subject.facts, 'path': record['path']})
 
@@ -635,7 +636,7 @@ def show(measured: Measured, console: Console) -> None:
     """Print the table and what a reader must know of it."""
     console.print(latency_table(measured))
     console.print(
-        f'Time / branches is against plan branches in the same runtime and precision (int8: in '
+        f'Time / upstream is against plan upstream in the same runtime and precision (int8: in '
         f'float32), time / baseline against {measured.baseline}; p90 needs 64 runs.',
         highlight=False,
     )
@@ -658,7 +659,7 @@ def draw(measured: Measured, title: str, path: Path) -> None:
         value = row['vs_baseline']
         colour = f'C{runtimes.index(row["runtime"])}'
         plan = row['plan']
-        axes.barh(i, value, color=colour, alpha=0.45 if plan == BRANCHES else 0.9)
+        axes.barh(i, value, color=colour, alpha=0.45 if plan == UPSTREAM else 0.9)
         axes.errorbar(
             value, i, xerr=[[value - low], [high - value]], color='black', capsize=3, linewidth=1
         )
@@ -688,7 +689,7 @@ def draw(measured: Measured, title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, why, and the times of all that were tried (in units of `exact`)."""
+    """A plan, why, and the times of all that were tried (in units of `full`)."""
 
     plan: Plan
     why: str
@@ -696,8 +697,8 @@ class Choice:
 
 
 def exact_plans(model: PyramidBackbone) -> list[Plan]:
-    """Plans that leave this model's function as it is, `exact` first."""
-    plans: list[Plan] = ['exact', 'branches']
+    """Plans that leave this model's function as it is, `full` first."""
+    plans: list[Plan] = ['full', 'upstream']
     with contextlib.suppress(ValueError):
         reparameterize(model, 'single')
         plans.append('single')
@@ -715,10 +716,10 @@ def choose_plan(
 ) -> Choice:
     """The fastest plan for a format among those exact for this model, by measuring them here.
 
-    `exact` is kept unless another is faster beyond noise.
+    `full` is kept unless another is faster beyond noise.
     """
     if row.runtime is None:
-        return Choice('exact', f'{row.name} cannot be run on this system to measure plans')
+        return Choice('full', f'{row.name} cannot be run on this system to measure plans')
     if model.plan is not None:
         return Choice(model.plan, 'the weights are already fused with it')
     plans = exact_plans(model)
@@ -728,19 +729,19 @@ def choose_plan(
             path = Path(scratch, f'{plan}{row.suffix}')
             export(row, reparameterize(model, plan), shape, path, dtype)
             subject = artifact_subject(row, path, shape, plan, dtype, None)
-            subjects.append(Subject(plan, row.name, subject.spec, 'exact', {'plan': plan}))
+            subjects.append(Subject(plan, row.name, subject.spec, 'full', {'plan': plan}))
         measured = measure(
-            subjects, 'exact', threads=threads or len(environment.cores()), schedule=schedule
+            subjects, 'full', threads=threads or len(environment.cores()), schedule=schedule
         )
     ratios = {r['name']: r['ratio'] for r in measured.rows()}
     faster = [r for r in measured.rows() if r['verdict'] == 'faster']
     if not faster:
         others = ', '.join(
-            f'{name} {ratio:.2f}' for name, ratio in ratios.items() if name != 'exact'
+            f'{name} {ratio:.2f}' for name, ratio in ratios.items() if name != 'full'
         )
         return Choice(
-            'exact',
-            f'no other exact plan is faster in {row.runtime} (time / exact: {others})',
+            'full',
+            f'no other exact plan is faster in {row.runtime} (time / full: {others})',
             ratios,
         )
     best = min(faster, key=lambda r: r['ratio'])

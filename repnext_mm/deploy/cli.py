@@ -17,8 +17,8 @@ from rich.console import Console
 
 from ..configs import is_config_name
 from ..engine.errors import run_tool
+from ..network import PLANS
 from ..program import command, program
-from ..reparam import PLANS
 from ..timing import tables
 from ..timing.rounds import Schedule
 from . import bench
@@ -87,7 +87,7 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     add('--size', type=_sizes, default='512', help='512 or HxW; a comma list exports one each')
     add('--batch', type=_positive, default=1, help='number of images')
     add('--out-indices', type=_indices, help="stages to return, such as 1,2,3 (None: the config's)")
-    add('--plan', choices=('auto', *PLANS), default='exact',
+    add('--plan', choices=('auto', *PLANS), default='full',
         help='how far to fuse; auto measures which exact plan is fastest')  # fmt: skip
     add(
         '--dtype',
@@ -126,7 +126,7 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
 
     bench_ = subparsers.add_parser(
         'bench',
-        help='time the artifacts of a folder in their runtimes, against plan branches',
+        help='time the artifacts of a folder in their runtimes, against plan upstream',
         formatter_class=defaults,
     )
     bench_.add_argument('folder', type=Path, help='an output folder, or the report.json in it')

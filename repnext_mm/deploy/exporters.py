@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.torch_version import TorchVersion
 
+from ..backbones.recnext import LinearAttention
 from ..engine.quiet import muffled
-from ..layers.linear_attention import LinearAttention
 from .errors import DependencyError
 from .runtimes import METADATA_KEY
 

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..backbones.pyramid import PyramidBackbone
+from ..backbones import PyramidBackbone
 from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
-from ..reparam import FusionReport, Plan, prove, reparameterize
-from ..reparam.plans import INEXACT
+from ..network import FusionReport, Plan
+from ..reparam import prove, reparameterize
+from ..reparam.fusion import INEXACT
 from ..version import __version__
 from .bench import choose_plan
 from .calibration import ENOUGH_IMAGES, RAW, calibration_images
@@ -56,8 +57,8 @@ RANDOM_WEIGHTS = 'random weights: fine for latency, meaningless for accuracy'
 UNVERIFIED = 'unverified'
 #: Why each plan, where it was not measured.
 WHY: dict[Plan, str] = {
-    'exact': 'no BatchNorm left, and the same function at every size',
-    'branches': 'as the published code fuses; each block keeps a BatchNorm',
+    'full': 'no BatchNorm left, and the same function at every size',
+    'upstream': 'as the published code fuses; each block keeps a BatchNorm',
     'single': 'one depthwise convolution per token mixer',
 }
 #: Of images with values from 0 to 255, as in mm's configs.
@@ -87,7 +88,7 @@ class Options:
     formats: Sequence[tuple[Format, bool]]
     sizes: Sequence[tuple[int, int]] = ((512, 512),)
     batch: int = 1
-    plan: Plan | Literal['auto'] = 'exact'
+    plan: Plan | Literal['auto'] = 'full'
     dtype: str | None = None
     dynamic: str = 'none'
     preprocess: bool = False
@@ -235,7 +236,7 @@ class Export:
     def _fuse(self, plan: Plan) -> PyramidBackbone:
         try:
             # Whoever asks for a plan by its name has chosen it.
-            model = reparameterize(self.source.model, plan, accept_inexact=tuple(INEXACT))
+            model = reparameterize(self.source.model, plan, accept_inexact=True)
         except ValueError as error:
             raise ModelError(f'{error} Or pass --plan {self.source.model.plan}.') from error
         for kind in sorted({rewrite.exactness for rewrite in report_of(model).inexact}):
@@ -430,7 +431,7 @@ class Export:
         seconds = time.perf_counter() - start
         with muffled():
             operations = row.operations(row.file(written))
-        if job.metadata['plan'] != 'branches' and (left := batch_norms(operations)):
+        if job.metadata['plan'] != 'upstream' and (left := batch_norms(operations)):
             raise ExportError(
                 f'{row.name} holds {left} BatchNorm, though plan {job.metadata["plan"]} leaves '
                 'none; please report this.'
@@ -564,7 +565,7 @@ class Export:
         fusion = report_of(fused)
         # Fused in float64, so that the difference is the rewrites' own and no rounding of weights.
         exact = copy.deepcopy(model).double()
-        proof = prove(exact, reparameterize(exact, plan, accept_inexact=tuple(INEXACT)), size)
+        proof = prove(exact, reparameterize(exact, plan, accept_inexact=True), size)
         return {
             'name': plan,
             'steps': [asdict(step) for step in fusion.rewrites],

@@ -12,20 +12,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones.pyramid import PyramidBackbone
+from ..backbones import FAMILIES, PyramidBackbone, names
 from ..checkpoints import CheckpointError, load_pretrained, local_path, read_weights
 from ..checkpoints.matching import find_fit
 from ..configs import is_config_name
 from ..engine.errors import UserError
-from ..model_table import FAMILIES
 from .errors import ModelError
 
 #: Every name that MODEL may be, with its family and arch.
-NAMES: dict[str, tuple[type[PyramidBackbone], str]] = {
-    f'{prefix}_{arch}': (family, arch)
-    for prefix, family in FAMILIES.items()
-    for arch in family.arch_zoo
-}
+NAMES = names()
 WEIGHT_SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors', '.bin')
 
 
@@ -148,8 +143,10 @@ def _from_weights(path: str, out_indices: tuple[int, ...] | None) -> Source:
             f'{path} fits no network of this package; give the config or the arch name, then the '
             'checkpoint.'
         )
-    name = next(n for n, row in NAMES.items() if row == (fit.family, fit.arch))
-    return Source(name, _build(fit.family, {'arch': fit.arch}, out_indices), 'random')
+    name, (family, arch) = next(
+        (name, row) for name, row in NAMES.items() if row == (fit.family, fit.arch)
+    )
+    return Source(name, _build(family, {'arch': arch}, out_indices), 'random')
 
 
 def _load(source: Source, checkpoint: str, allow_partial: bool) -> None:

@@ -16,15 +16,15 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from ..backbones.pyramid import PyramidBackbone
+from ..backbones import PyramidBackbone
 from ..checkpoints import CheckpointError, ensure_safe
 from ..checkpoints.reading import read_checkpoint
 from ..engine.cli import import_framework
 from ..engine.config_file import load_config
 from ..engine.errors import UserError
 from ..engine.resume import require_fit
+from ..network import Plan, check_plan
 from ..reparam import reparameterize
-from ..reparam.plans import INEXACT, Plan, check_plan
 from ..timing.rounds import CallRunner, Schedule, compare
 from ..timing.tables import record
 from ..version import __version__
@@ -39,7 +39,7 @@ def save_whole_model(
     config: str | Path,
     checkpoint: str | Path,
     out_dir: str | Path,
-    plan: Plan = 'exact',
+    plan: Plan = 'full',
     *,
     force: bool = False,
 ) -> tuple[Path, Path]:
@@ -53,7 +53,7 @@ def save_whole_model(
         config: Config of the training.
         checkpoint: Checkpoint of the training.
         out_dir: Where `<config>_<plan>.pth` and `<config>_<plan>.py` go, whole or not at all.
-        plan: 'branches', 'exact', or 'single' with what is inexact in it.
+        plan: 'upstream', 'full', or 'single' with what is inexact in it.
         force: Replace files that are there.
 
     Returns:
@@ -110,7 +110,7 @@ def derived_config(cfg: Config, plan: Plan) -> Config:
             f'the model {derived.model.get("type")} has no backbone of this package to fuse.'
         )
     for backbone in backbones:
-        backbone.deploy = True if plan == 'exact' else plan
+        backbone.deploy = True if plan == 'full' else plan
         backbone.init_cfg = None
     if 'pretrained' in derived.model:
         derived.model.pretrained = None
@@ -190,7 +190,7 @@ def _fuse(model: nn.Module, plan: Plan, checkpoint: str) -> nn.Module:
             )
     try:
         # Whoever asks for a plan by its name has chosen it.
-        return reparameterize(model, plan, accept_inexact=tuple(INEXACT))
+        return reparameterize(model, plan, accept_inexact=True)
     except (TypeError, ValueError) as error:
         raise ModelError(str(error)) from error
 

@@ -43,22 +43,22 @@ def run_checkpointed(module: nn.Module, *inputs: Tensor) -> Any:
 
 
 class Recomputed:
-    """A map that backward gets by computing it again, `function(source)`.
+    """A feature map that backward computes again, as `function(source)`.
 
-    `source` is the map that is kept, or itself recomputed. The memory of `map` is freed as soon
-    as the forward pass lets go of it.
+    `source` is a feature map that is kept, or itself recomputed. The memory of `result` is freed as
+    soon as the forward pass no longer refers to it.
     """
 
     def __init__(
-        self, map: Tensor, function: Callable[[Tensor], Tensor], source: Tensor | Recomputed
+        self, result: Tensor, function: Callable[[Tensor], Tensor], source: Tensor | Recomputed
     ) -> None:
-        self.memory = map.untyped_storage().data_ptr()
+        self.memory = result.untyped_storage().data_ptr()
         self.function = function
         self.source = source.detach() if isinstance(source, Tensor) else source
         self._value: Tensor | None = None
 
     def value(self, keep: bool = False) -> Tensor:
-        """The map; `keep` it for the next call, which is about to come."""
+        """The feature map; `keep` it for the next call, which follows at once."""
         value, self._value = self._value, None
         if value is None:
             source = self.source
@@ -71,7 +71,7 @@ class Recomputed:
 
 @contextmanager
 def kept_as_recipes(*recipes: Recomputed | None) -> Iterator[None]:
-    """Whatever autograd saves of the maps of `recipes` in this context, it keeps as a recipe."""
+    """In this context autograd keeps the recipe of a feature map where it would save it."""
     if not any(recipes):
         yield
         return

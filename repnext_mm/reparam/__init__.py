@@ -1,16 +1,6 @@
-"""Structural reparameterization: kernel algebra, fusion plans, and the proof of equality."""
+"""Structural reparameterization: kernel algebra, fusion under a plan, and the proof of equality."""
 
-from .fusion import FusionReport, Rewrite, fuse_backbone, reparameterize
-from .plans import PLANS, Plan
-from .proof import StageError, prove
+from .fusion import Fusible, Note, fuse, reparameterize
+from .verify import StageError, prove
 
-__all__ = [
-    'PLANS',
-    'FusionReport',
-    'Plan',
-    'Rewrite',
-    'StageError',
-    'fuse_backbone',
-    'prove',
-    'reparameterize',
-]
+__all__ = ['Fusible', 'Note', 'StageError', 'fuse', 'prove', 'reparameterize']

@@ -1,4 +1,7 @@
-"""Folds between modules, on top of the kernel algebra; computed in float64."""
+"""Folds between modules, on top of the kernel algebra.
+
+Computed in float64, unless another dtype is asked for; differentiable.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernels
+
+#: Scale and shift `(C,)`.
+Affine = tuple[Tensor, Tensor]
 
 
 def conv2d(weight: Tensor, bias: Tensor, like: nn.Conv2d, **kwargs: Any) -> nn.Conv2d:
@@ -35,25 +41,42 @@ def conv2d(weight: Tensor, bias: Tensor, like: nn.Conv2d, **kwargs: Any) -> nn.C
     return conv.train(like.training)
 
 
-def weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """The convolution's weight and bias in float64; zeros for a missing bias."""
-    weight = conv.weight.double()
-    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
+def weights(conv: nn.Conv2d, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The convolution's weight and bias; zeros for a missing bias."""
+    weight = conv.weight.to(dtype)
+    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.to(dtype)
 
 
-def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift `(C,)`, float64, of a BatchNorm in eval mode."""
+def norm_affine(norm: _BatchNorm, dtype: torch.dtype = torch.float64) -> Affine:
+    """Scale and shift `(C,)` of a BatchNorm in eval mode."""
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean, var, weight, bias = (cast(Tensor, t).double() for t in tensors)
+    mean, var, weight, bias = (cast(Tensor, t).to(dtype) for t in tensors)
     return kernels.norm_affine(mean, var, weight, bias, norm.eps)
+
+
+def folded(
+    conv: nn.Conv2d,
+    before: Affine | None = None,
+    after: Affine | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that computes `after(conv(before(x)))`.
+
+    With `before`, the convolution must be 1x1 or have no padding.
+    """
+    weight, bias = weights(conv, dtype)
+    if before is not None:
+        weight, bias = kernels.fold_input(weight, bias, *before, padded=any(conv.padding))
+    if after is not None:
+        weight, bias = kernels.fold_output(weight, bias, *after)
+    return weight, bias
 
 
 def fold_norm_backward(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
     """The convolution that computes `norm(conv(x))`."""
-    return conv2d(*kernels.fold_output(*weights(conv), *norm_affine(norm)), like=conv)
+    return conv2d(*folded(conv, after=norm_affine(norm)), like=conv)
 
 
 def fold_norm_forward(norm: _BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
     """The convolution that computes `conv(norm(x))`; it must be 1x1 or have no padding."""
-    folded = kernels.fold_input(*weights(conv), *norm_affine(norm), padded=any(conv.padding))
-    return conv2d(*folded, like=conv)
+    return conv2d(*folded(conv, before=norm_affine(norm)), like=conv)

@@ -1,42 +1,65 @@
-"""Recursive convolutions: large receptive fields from small kernels at halved resolutions.
+"""RecConv: large receptive fields from small kernels at halved resolutions (arXiv 2412.19628).
 
-RecConv, arXiv 2412.19628; the shared form is the published networks', the others are the
-variants of its ablation. Each maps `(N, C, H, W) -> (N, C, H, W)`.
+The shared form is the published networks', the others are the variants of the paper's ablation.
+Each maps `(N, C, H, W) -> (N, C, H, W)`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise_conv import depthwise_conv2d
-from .forms import TrainingLayer
-from .precision import autocasts, run_in_float32
-from .upsample import UPSAMPLE_MODES, Upsample, UpsampleMode
+from ..layers import fast
+from ..layers.execution import FastLayer, autocasts, run_in_float32
+
+UpsampleMode = Literal['nearest', 'bilinear']
+UPSAMPLE_MODES: tuple[UpsampleMode, ...] = get_args(UpsampleMode)
 
 
-class DepthwiseConv2d(nn.Conv2d, TrainingLayer):
-    """Depthwise `nn.Conv2d` that takes its weight's gradient as `depthwise_conv2d` does."""
+class Upsample(FastLayer):
+    """`F.interpolate` to `size`, or to twice the size: `(N, C, H, W) -> (N, C, *size)`.
+
+    Args:
+        mode: 'nearest' or 'bilinear', which has half-pixel centers.
+    """
+
+    def __init__(self, mode: UpsampleMode = 'bilinear') -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        size = [2 * side for side in x.shape[2:]] if size is None else size
+        if self.is_fast():
+            return fast.upsample(x, size, self.mode)
+        return F.interpolate(x, size=tuple(size), mode=self.mode)
+
+    def extra_repr(self) -> str:
+        return f'mode={self.mode!r}'
+
+
+class DepthwiseConv2d(nn.Conv2d, FastLayer):
+    """Depthwise `nn.Conv2d`, computed the fast way."""
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, channels, groups=channels, **options)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.merges():
+        if not self.is_fast():
             return super()._conv_forward(x, weight, bias)
         padding = cast(tuple[int, int], self.padding)
-        return depthwise_conv2d(x, weight, bias, self.stride[0], padding)
+        return fast.depthwise_conv2d(x, weight, bias, self.stride[0], padding)
 
 
 class RecursiveConv(nn.Module):
     """Base of the variants; under autocast the recursion runs in float32.
 
-    In half precision every level rounds its features twice, and the output inherits it all.
+    In half precision every level rounds its features twice, and the output contains all of it.
 
     Args:
         channels: C.
@@ -46,7 +69,7 @@ class RecursiveConv(nn.Module):
         bias: Whether the convolutions have one.
     """
 
-    #: Variants that upsample by transposed convolutions take only sizes that halve evenly.
+    #: Variants that upsample by transposed convolutions require sizes that halve evenly.
     transposed: ClassVar[bool] = False
     min_level: ClassVar[int] = 1
 
@@ -79,13 +102,13 @@ class RecursiveConv(nn.Module):
         options: dict[str, Any] = dict(kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
         self.build(channels, partial(nn.Conv2d, **options))
 
-    @abstractmethod
     def build(self, channels: int, conv: partial[nn.Conv2d]) -> None:
         """Add the convolutions, made by `conv` (kernel, padding and bias are set)."""
+        raise NotImplementedError(f'{type(self).__name__} must define build().')
 
-    @abstractmethod
     def recur(self, x: Tensor) -> Tensor:
         """The recursion in the dtype of `x`."""
+        raise NotImplementedError(f'{type(self).__name__} must define recur().')
 
     def forward(self, x: Tensor) -> Tensor:
         if self.transposed:
@@ -184,7 +207,7 @@ class GroupedRecursiveConv(RecursiveConv):
 
 
 class SplitRecursiveConv(RecursiveConv):
-    """Each level keeps one half of the channels and hands the other half down."""
+    """Each level keeps one half of the channels and passes the other half down."""
 
     transposed = True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,20 +11,21 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.forms import TRAIN_FORMS, TrainForm, configure, is_channels_last, is_exporting
-from ..layers.metanext import Stage
-from ..reparam.fusion import FusionReport, fuse_backbone
-from ..reparam.plans import INEXACT, Plan, deploy_plan
+from ..checkpoints.loading import load_pretrained
+from ..layers.blocks import Stage
+from ..layers.execution import is_channels_last, is_exporting, set_execution
+from ..network import FusionReport, Network, Plan, deploy_plan
+from ..reparam import fuse
 
 NUM_STAGES = 4
 NORM_TYPES = ('BN', 'BN2d', 'SyncBN')
 NORM_KEYS = ('type', 'eps', 'momentum', 'requires_grad')
 
 
-class PyramidBackbone(BaseModule):
+class PyramidBackbone(BaseModule, Network):
     """Base of the families: arguments, freezing, norms, weights and fusion.
 
-    A family gives `arch_zoo`, the keys of one row in `arch_keys`, and `build`.
+    A family defines `arch_zoo`, the keys of one row in `arch_keys`, and `build`.
 
     Args:
         arch: Name of a row of `arch_zoo`, or a dict with `arch_keys`.
@@ -35,23 +35,23 @@ class PyramidBackbone(BaseModule):
         norm_eval: Keep every norm in eval mode while training.
         drop_path_rate: Stochastic depth; None takes the rate of `arch`.
         with_cp: Recompute activations in backward, which saves memory and costs time.
-        train_form: 'merged' composes each mixer's kernels into one in the forward pass;
-            'branches' computes operation by operation, as published, and is the reference.
+        fast: Compose each mixer's kernels into one in the forward pass, fold norms, choose the
+            memory format. False computes operation by operation, as published: the reference.
         save_memory: Recompute activations and other cheap results in backward instead of
             keeping them; saves less than `with_cp`, and costs little time.
-        channels_last: Compute in this memory format; the outputs come in the format that the
-            image has. None: where it was shown to be faster, on CPUs.
-        deploy: Build the fused form: True for plan 'exact', or a plan's name. It loads what
+        channels_last: Compute in this memory format; the outputs have the format of the image.
+            None: where it was shown to be faster, on CPUs.
+        deploy: Build the fused form: True for plan 'full', or a plan's name. It loads what
             `reparameterize` with that plan produced.
-        init_cfg: As in MMEngine. `dict(type='Pretrained', checkpoint=...)` takes a published
-            name, a URL or a path, and is loaded by `repnext_mm.checkpoints.load_pretrained`.
+        init_cfg: As in MMEngine. The checkpoint of `dict(type='Pretrained', checkpoint=...)` is a
+            published name, a URL or a path, and is loaded by
+            `repnext_mm.checkpoints.load_pretrained`.
 
     Raises:
         ValueError: An argument has a value that is not allowed.
         TypeError: `arch` is neither a name nor a dict, or `norm_cfg` is not a dict.
     """
 
-    arch_zoo: ClassVar[dict[str, dict[str, Any]]]
     #: Keys of a row of `arch_zoo`, each with the default of a custom `arch` (`...` = required).
     arch_keys: ClassVar[dict[str, Any]]
     #: Factor by which each stage is smaller than the image.
@@ -69,7 +69,7 @@ class PyramidBackbone(BaseModule):
         norm_eval: bool = False,
         drop_path_rate: float | None = None,
         with_cp: bool = False,
-        train_form: TrainForm = 'merged',
+        fast: bool = True,
         save_memory: bool = False,
         channels_last: bool | None = None,
         deploy: bool | str = False,
@@ -86,10 +86,8 @@ class PyramidBackbone(BaseModule):
         self.norm_cfg = norm_cfg
         self.norm_eval = norm_eval
         self.with_cp = with_cp
-        if train_form not in TRAIN_FORMS:
-            raise ValueError(
-                f'train_form={train_form!r} is not allowed; choose one of {", ".join(TRAIN_FORMS)}.'
-            )
+        if not isinstance(fast, bool):
+            raise TypeError(f'fast={fast!r} must be True or False.')
         if drop_path_rate is None:
             drop_path_rate = settings.get('drop_path_rate', 0.0)
         if not 0 <= drop_path_rate < 1:
@@ -99,23 +97,38 @@ class PyramidBackbone(BaseModule):
         for stage in self.stages:
             if isinstance(stage, Stage):
                 stage.with_cp = with_cp
-        # Whole blocks recomputed leave nothing for single operations.
-        configure(self, train_form=train_form, save_memory=save_memory and not with_cp)
-        self.train_form = train_form
         self.channels_last = channels_last
+        self.set_execution(fast=fast, save_memory=save_memory)
 
-        self.plan: Plan | None = None
-        self.fusion_report: FusionReport | None = None
         plan = deploy_plan(deploy)
         if plan is not None:
             self.eval()
-            self.switch_to_deploy(plan, tuple(INEXACT))
+            self.switch_to_deploy(plan, accept_inexact=True)
         _apply_norm_cfg(self, norm_cfg)
         self.train()
 
-    @abstractmethod
     def build(self, settings: dict[str, Any], drop_path_rate: float) -> None:
         """Set `stem` and `stages` (training form, plain BatchNorm2d) from a complete row."""
+        raise NotImplementedError(f'{type(self).__name__} must define build().')
+
+    def set_execution(
+        self,
+        fast: bool | None = None,
+        save_memory: bool | None = None,
+        channels_last: bool | None = None,
+    ) -> None:
+        """Set how the network computes (see the arguments of the class); None changes nothing.
+
+        Outputs and gradients stay the same up to rounding.
+        """
+        if fast is not None:
+            self.fast = fast
+            set_execution(self, fast=fast)
+        if save_memory is not None:
+            # Blocks recomputed by `with_cp` leave nothing for single operations.
+            set_execution(self, save_memory=save_memory and not self.with_cp)
+        if channels_last is not None:
+            self.channels_last = channels_last
 
     @property
     def out_channels(self) -> tuple[int, ...]:
@@ -143,10 +156,10 @@ class PyramidBackbone(BaseModule):
     def _computes_channels_last(self, x: Tensor) -> bool:
         if self.channels_last is not None:
             return self.channels_last
-        return self.train_form == 'merged' and x.device.type == 'cpu' and not is_exporting()
+        return self.fast and x.device.type == 'cpu' and not is_exporting()
 
     def init_weights(self) -> None:
-        """Initialise as MMEngine does; `Pretrained` goes through this package's safe loader.
+        """Initialize as MMEngine does; `Pretrained` uses this package's safe loader.
 
         Raises:
             CheckpointError: The weights cannot be read, or do not fit this `arch`.
@@ -155,8 +168,6 @@ class PyramidBackbone(BaseModule):
         if self.is_init or not isinstance(cfg, dict) or cfg.get('type') != 'Pretrained':
             super().init_weights()
             return
-        from ..checkpoints import load_pretrained
-
         options = {k: v for k, v in cfg.items() if k not in ('type', 'checkpoint', 'map_location')}
         load_pretrained(self, cfg['checkpoint'], **options)
         self._is_init = True
@@ -171,17 +182,22 @@ class PyramidBackbone(BaseModule):
                     module.eval()
         return self
 
-    def switch_to_deploy(self, plan: Plan = 'exact', accept_inexact: Sequence[str] = ()) -> None:
+    def switch_to_deploy(self, plan: Plan = 'full', accept_inexact: bool = False) -> None:
         """Fuse this backbone in place, under OpenMMLab's name for it.
 
         `repnext_mm.reparameterize` fuses a copy and checks more; prefer it.
 
         Raises:
-            ValueError: In training mode, or the plan is not exact here and was not accepted.
+            ValueError: In training mode, or the plan is not exact here and that was not accepted.
         """
         if self.training:
             raise ValueError('the backbone is in training mode; call .eval() before fusing it.')
-        fuse_backbone(self, plan, accept_inexact)
+        fuse(self, plan, accept_inexact)
+
+    def on_fused(self, report: FusionReport) -> None:
+        """Note that this network was fused; freezes what replaced frozen parameters."""
+        super().on_fused(report)
+        self.train(self.training)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
