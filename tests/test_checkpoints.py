@@ -36,9 +36,9 @@ from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt, reparameterize
 from repnext_mm.checkpoints import (
     PUBLISHED,
     CheckpointError,
-    ensure_safe,
+    fetch,
     load_pretrained,
-    local_path,
+    read_run,
     read_weights,
 )
 from repnext_mm.checkpoints.__main__ import main
@@ -813,14 +813,14 @@ def test_load_pretrained_wants_the_backbone(tmp_path: Path) -> None:
         load_pretrained(nn.Linear(1, 1), tmp_path)  # type: ignore[arg-type]
 
 
-def test_ensure_safe_wants_a_torch_checkpoint(tmp_path: Path) -> None:
+def test_a_run_needs_a_torch_checkpoint(tmp_path: Path) -> None:
     path = save_torchscript(tmp_path / 'a.pt', fused_state())
     with pytest.raises(CheckpointError, match='TorchScript archive, which a run cannot start'):
-        ensure_safe(path)
+        read_run(path)
     # What MMEngine itself would refuse, our own reader's wider allow-list must not let through.
     with pytest.raises(CheckpointError, match=r'argparse\.Namespace'):
-        ensure_safe(save_timm(tmp_path / 'b.pth.tar', with_ema=False))
-    assert ensure_safe(save_mm2(tmp_path / 'c.pth')) == str(tmp_path / 'c.pth')
+        read_run(save_timm(tmp_path / 'b.pth.tar', with_ema=False))
+    assert read_run(save_mm2(tmp_path / 'c.pth')).path == str(tmp_path / 'c.pth')
 
 
 # --- names, URLs, paths ------------------------------------------------------------------------
@@ -1004,7 +1004,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for text in (path, str(path), path.as_uri(), '~/my weights.pth', 'my weights.pth'):
-        assert local_path(text).samefile(path)
+        assert fetch(text).path.samefile(path)
     refuse('s3://bucket/a.pth', 's3://', 'http, https or file')
 
 
@@ -1097,7 +1097,7 @@ def test_processes_that_start_together_download_once(release: Server) -> None:
     release.delay = 0.5
     context = multiprocessing.get_context('fork')
     with context.Pool(3) as pool:
-        paths = pool.map(local_path, [name] * 3, chunksize=1)
+        paths = [file.path for file in pool.map(fetch, [name] * 3, chunksize=1)]
     assert len(set(paths)) == 1
     assert read_weights(paths[0]).tensors.keys() == (state_of() | classifier()).keys()
     assert len(release.asked) == 1

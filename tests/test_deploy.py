@@ -31,7 +31,7 @@ from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import NAMES, load_source
 
 CONFIG = REPO / 'configs' / 'mask_rcnn_repnext_m0_shapes.py'
-STEM = 'repnext_m0_64x64_b1_exact_fp32'
+STEM = 'repnext_m0_64x64_b1_full_fp32'
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +64,7 @@ def contents(folder: Path) -> set[str]:
 
 
 def test_what_is_written(folder: Path, checkpoint: Path) -> None:
-    name = 'mask_rcnn_repnext_m0_shapes_64x64_b1_exact_fp32'
+    name = 'mask_rcnn_repnext_m0_shapes_64x64_b1_full_fp32'
     assert contents(folder) == {
         *(f'{name}.pth', f'{name}.onnx', 'golden_64x64_b1.npz', 'report.json', 'report.md')
     }
@@ -222,7 +222,7 @@ def test_512_by_512(tmp_path: Path) -> None:
     assert [a['status'] for a in report['artifacts']] == ['ok']
     assert [row['shape'] for row in report['parity'][:2]] == [[1, 40, 128, 128], [1, 80, 64, 64]]
     assert all(row['pass'] for row in report['parity'])
-    assert (folder / 'repnext_m0_512x512_b1_exact_fp32.onnx').exists()
+    assert (folder / 'repnext_m0_512x512_b1_full_fp32.onnx').exists()
     assert output.splitlines()[-1] == (
         'Wrote work_dirs/deploy/repnext_m0/report.json; '
         'next: python tools/deploy.py check work_dirs/deploy/repnext_m0'
@@ -322,7 +322,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_fused_file_is_a_model(tmp_path: Path) -> None:
     """Fused less far than asked, it is fused the rest of the way."""
-    path = tmp_path / 'branches.pth'
+    path = tmp_path / 'upstream.pth'
     model = randomise(RepNeXt('m0')).eval()
     torch.save(reparameterize(model, 'upstream').state_dict(), path)
     out = tmp_path / 'out'

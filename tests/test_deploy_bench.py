@@ -126,7 +126,7 @@ def worker() -> Iterator[Worker]:
 
 
 def test_a_worker_answers_runs_and_survives_errors(worker: Worker, folder: Path) -> None:
-    spec = {'shape': SHAPE, 'threads': 1, 'path': str(folder / 'exact.onnx')}
+    spec = {'shape': SHAPE, 'threads': 1, 'path': str(folder / 'full.onnx')}
     opened = worker.ask({'open': 'a', 'spec': spec})
     assert (opened['runtime'], opened['precision']) == ('onnxruntime', 'f32')
     assert opened['load_s'] > 0
@@ -144,7 +144,7 @@ def test_a_worker_answers_runs_and_survives_errors(worker: Worker, folder: Path)
     not hasattr(os, 'sched_getaffinity'), reason='this system pins no process to cores'
 )
 def test_a_worker_computes_on_as_many_cores_as_threads(worker: Worker, folder: Path) -> None:
-    spec = {'shape': SHAPE, 'threads': 1, 'path': str(folder / 'exact.onnx')}
+    spec = {'shape': SHAPE, 'threads': 1, 'path': str(folder / 'full.onnx')}
     worker.ask({'open': 'a', 'spec': spec})  # pinned before it answers
     cores = os.sched_getaffinity(worker.process.pid)
     assert cores == set(sorted(os.sched_getaffinity(0))[:1])
@@ -161,21 +161,21 @@ def test_the_end_of_a_worker_is_an_error_and_not_a_wait() -> None:
 # --- rows
 
 
-def test_every_artifact_is_compared_with_branches_in_its_runtime(report: Report) -> None:
+def test_every_artifact_is_compared_with_upstream_in_its_runtime(report: Report) -> None:
     rows = {row['name']: row for row in report.data['latency']}
     assert list(rows) == [
-        'torch eager, branches',
-        'torch eager, exact',
-        'torch eager channels_last, branches',
-        'torch eager channels_last, exact',
-        'onnx fp32, branches',
-        'onnx fp32, exact',
-        'openvino fp32, branches',
-        'openvino fp32, exact',
+        'torch eager, upstream',
+        'torch eager, full',
+        'torch eager channels_last, upstream',
+        'torch eager channels_last, full',
+        'onnx fp32, upstream',
+        'onnx fp32, full',
+        'openvino fp32, upstream',
+        'openvino fp32, full',
     ]
     for name, row in rows.items():
         mode = name.rpartition(',')[0]
-        assert row['reference'] == f'{mode}, branches'
+        assert row['reference'] == f'{mode}, upstream'
         assert row['baseline'] == BASELINE
         assert row['precision'] == 'f32'
         assert row['threads'] == 1
@@ -185,9 +185,9 @@ def test_every_artifact_is_compared_with_branches_in_its_runtime(report: Report)
         assert row['vs_baseline_ci95'][0] <= row['vs_baseline'] <= row['vs_baseline_ci95'][1]
         assert row['floor'] >= 1
         assert (row['verdict'] == 'reference') == name.endswith('upstream')
-    assert rows['onnx fp32, exact']['path'] == 'exact.onnx'
-    assert rows['onnx fp32, exact']['runtime'] == 'onnxruntime'
-    assert rows['openvino fp32, exact']['runtime'] == 'openvino'
+    assert rows['onnx fp32, full']['path'] == 'full.onnx'
+    assert rows['onnx fp32, full']['runtime'] == 'onnxruntime'
+    assert rows['openvino fp32, full']['runtime'] == 'openvino'
     assert rows[BASELINE]['vs_baseline'] == rows[BASELINE]['ratio'] == 1
 
 
@@ -202,20 +202,20 @@ def test_the_report_and_a_picture_lie_in_the_folder(report: Report, folder: Path
         assert height > 400
         assert len(picture.convert('RGB').getcolors(1 << 20)) > 4  # more than paper and ink
     text = (folder / 'report.md').read_text('utf-8')
-    assert 'onnx fp32, exact' in text
+    assert 'onnx fp32, full' in text
     assert run['picture'] in text
 
 
-def test_a_branches_artifact_that_is_there_is_taken(folder: Path, tmp_path: Path) -> None:
-    exact, branches = record('onnx', 'full'), record('onnx', 'upstream')
-    path = bench._upstream_of(exact, [exact, branches], folder, NETWORK, SHAPE, tmp_path)
-    assert path == folder / 'branches.onnx'
+def test_an_upstream_artifact_that_is_there_is_taken(folder: Path, tmp_path: Path) -> None:
+    full, upstream = record('onnx', 'full'), record('onnx', 'upstream')
+    path = bench._upstream_of(full, [full, upstream], folder, NETWORK, SHAPE, tmp_path)
+    assert path == folder / 'upstream.onnx'
     # int8 is compared with float32; another format's file will not do.
-    path = bench._upstream_of(record('onnx', 'full', 'int8'), [branches], folder, NETWORK, SHAPE,
+    path = bench._upstream_of(record('onnx', 'full', 'int8'), [upstream], folder, NETWORK, SHAPE,
                               tmp_path)  # fmt: skip
-    assert path == folder / 'branches.onnx'
-    path = bench._upstream_of(record('pt2', 'full'), [branches], folder, NETWORK, SHAPE, tmp_path)
-    assert path == tmp_path / 'branches_fp32.pt2'
+    assert path == folder / 'upstream.onnx'
+    path = bench._upstream_of(record('pt2', 'full'), [upstream], folder, NETWORK, SHAPE, tmp_path)
+    assert path == tmp_path / 'upstream_fp32.pt2'
     norms = FORMATS['pt2'].operations(path)
     assert any('batch_norm' in name for name in norms)
 
@@ -223,10 +223,10 @@ def test_a_branches_artifact_that_is_there_is_taken(folder: Path, tmp_path: Path
 def test_int8_is_labelled_and_compared_with_float32(folder: Path) -> None:
     row = FORMATS['onnx']
     subject = bench.artifact_subject(row, folder / 'x.onnx', SHAPE, 'full', 'int8', None)
-    assert (subject.name, subject.reference) == ('onnx int8, exact', 'onnx fp32, branches')
+    assert (subject.name, subject.reference) == ('onnx int8, full', 'onnx fp32, upstream')
     row = FORMATS['openvino']
     subject = bench.artifact_subject(row, folder / 'x', SHAPE, 'full', 'fp32', 'bf16')
-    assert (subject.name, subject.reference) == ('openvino bf16, exact', 'openvino bf16, branches')
+    assert (subject.name, subject.reference) == ('openvino bf16, full', 'openvino bf16, upstream')
     assert subject.spec['precision'] == 'bf16'
 
 
@@ -238,8 +238,8 @@ def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
     exact = record('openvino', 'full')
     rows = bench._artifact_rows(FORMATS['openvino'], exact, folder, folder, SHAPE, ['bf16'])
     names = [row.name for row in rows]
-    assert ('openvino bf16, exact' in names) is takes
-    assert 'openvino fp32, exact' in names
+    assert ('openvino bf16, full' in names) is takes
+    assert 'openvino fp32, full' in names
 
 
 @pytest.mark.usefixtures('here')
@@ -247,7 +247,7 @@ def test_what_cannot_be_run_is_left_out_and_told(folder: Path, tmp_path: Path) -
     broken = tmp_path / 'broken.onnx'
     broken.write_bytes(b'no model')
     good = bench.artifact_subject(
-        FORMATS['onnx'], folder / 'exact.onnx', SHAPE, 'upstream', 'fp32', None
+        FORMATS['onnx'], folder / 'full.onnx', SHAPE, 'upstream', 'fp32', None
     )
     bad = bench.artifact_subject(FORMATS['onnx'], broken, SHAPE, 'full', 'fp32', None)
     measured = bench.measure([good, bad], good.name, threads=1, schedule=QUICK)
@@ -369,7 +369,7 @@ COUNTS = {'other convolution': 2, '1x1 convolution': 14, 'depthwise convolution'
 
 @pytest.mark.parametrize('name', HERE)
 def test_a_profile_finds_every_convolution_of_the_network(name: str, folder: Path) -> None:
-    explanation = explain(FORMATS[name].file(folder / f'exact{FORMATS[name].suffix}'), runs=2)
+    explanation = explain(FORMATS[name].file(folder / f'full{FORMATS[name].suffix}'), runs=2)
     assert explanation.runtime == (FORMATS[name].runtime or '')
     kinds = explanation.kinds
     assert sum(row['share'] for row in kinds.values()) == pytest.approx(1)
@@ -395,9 +395,9 @@ def test_bench_and_explain_as_verbs(
     quick = ['--rounds', '2', '--budget-s', '0.5', '--threads', '1', '--no-compile']
     assert deploy_main(['bench', str(folder), *quick]) == 0
     output = capsys.readouterr().out
-    assert 'onnx fp32, exact' in output
-    assert 'time / branches' in output
-    assert deploy_main(['explain', str(folder / 'exact.onnx'), '--threads', '1', '--json']) == 0
+    assert 'onnx fp32, full' in output
+    assert 'time / upstream' in output
+    assert deploy_main(['explain', str(folder / 'full.onnx'), '--threads', '1', '--json']) == 0
     [explanation] = json.loads(capsys.readouterr().out)
     assert explanation['runtime'] == 'onnxruntime'
     assert explanation['nodes']['1x1 convolution'] == 14
@@ -427,7 +427,7 @@ def test_a_folder_without_anything_to_run_is_told(tmp_path: Path) -> None:
 
 
 def test_people_see_the_fastest_first(capsys: pytest.CaptureFixture) -> None:
-    measured = planted(exact=1.0, branches=0.5)
+    measured = planted(full=1.0, upstream=0.5)
     bench.show(measured, Console(file=sys.stdout, width=160))
     output = capsys.readouterr().out
     assert output.index('upstream') < output.index('full ')

@@ -101,7 +101,7 @@ def assert_artifacts(report: Report, model: Source, family: str) -> None:
         assert record['status'] == ('ok' if name in RUN_HERE else 'unverified'), name
         assert record['bn_left'] == 0, name
         assert not [op for op in record['operations'] if 'norm' in op.lower()], name
-        assert record['path'].startswith(f'{family}_64x64_b1_exact_'), name
+        assert record['path'].startswith(f'{family}_64x64_b1_full_'), name
         assert record['bytes'] > 10_000
         if name not in RUN_HERE:
             continue

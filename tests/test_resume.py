@@ -20,11 +20,12 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
 from repnext_mm.atomic_files import AtomicLocalBackend
+from repnext_mm.checkpoints import RunCheckpoint
 from repnext_mm.engine.cli import evaluate_main, train_main
 from repnext_mm.engine.resume import (
     SkipSeenData,
     checkpoints_newest_first,
-    resumable_problem,
+    read_resumable,
 )
 
 CONFIG = """
@@ -144,7 +145,7 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(data: Path, tmp_path: Path
     assert state(resumed) == state(saved)
     assert resumed['epoch'] == 1
     assert not list(work_dir.glob('*.tmp'))
-    assert resumable_problem(work_dir / 'epoch_2.pth') is None
+    assert isinstance(read_resumable(work_dir / 'epoch_2.pth'), RunCheckpoint)
 
 
 RUN_NUMBERS = itertools.count()
@@ -189,7 +190,7 @@ def test_the_only_checkpoint_outlives_a_failed_successor(
     with pytest.raises(OSError, match='File too large'):
         runner.train()
     assert [p.name for p in tmp_path.glob('*.pth*')] == ['epoch_1.pth']
-    assert resumable_problem(tmp_path / 'epoch_1.pth') is None
+    assert isinstance(read_resumable(tmp_path / 'epoch_1.pth'), RunCheckpoint)
 
 
 @pytest.mark.compat
@@ -242,19 +243,19 @@ def test_what_is_not_resumable_says_why(tmp_path: Path) -> None:
     small_run(tmp_path, epochs=1).train()
     good = tmp_path / 'epoch_1.pth'
     whole = good.read_bytes()
-    assert resumable_problem(good) is None
+    assert isinstance(read_resumable(good), RunCheckpoint)
 
     cut = tmp_path / 'cut.pth'
     for share in (0, 0.3, 0.9):
         cut.write_bytes(whole[: int(len(whole) * share)])
-        assert 'cut.pth' in str(resumable_problem(cut))
+        assert 'cut.pth' in read_resumable(cut)
     flipped = bytearray(whole)
     flipped[whole.index(b'experiment_name') + 2] ^= 1  # the length and the directory stay right
     cut.write_bytes(flipped)
-    assert 'checksum' in str(resumable_problem(cut))
+    assert 'checksum' in read_resumable(cut)
     torch.save({'state_dict': {}, 'meta': {}}, cut)
-    assert resumable_problem(cut) == 'cut.pth lacks message_hub, optimizer'
-    assert resumable_problem(tmp_path / 'absent.pth') is not None
+    assert read_resumable(cut) == 'cut.pth lacks message_hub, optimizer'
+    assert 'absent.pth' in read_resumable(tmp_path / 'absent.pth')
 
 
 def test_newest_first_by_number_not_by_name_or_time(tmp_path: Path) -> None:

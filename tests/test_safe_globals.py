@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import repnext_mm  # noqa: F401  (importing it is what allows MMEngine's classes)
-from repnext_mm.checkpoints import CheckpointError, ensure_safe
+from repnext_mm.checkpoints import CheckpointError, read_run
 from repnext_mm.checkpoints.safe_globals import allow_mmengine_checkpoints, statistics_method
 
 pytestmark = pytest.mark.compat
@@ -220,7 +220,7 @@ def test_hostile_files_are_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises((pickle.UnpicklingError, CheckpointError)):
         torch.load(path, weights_only=True)
     with pytest.raises(CheckpointError, match=r'hostile\.pth'):
-        ensure_safe(path)
+        read_run(path)
     assert not marker.exists()
     assert dict(vars(HistoryBuffer)) == methods
 
@@ -240,7 +240,7 @@ def test_smuggled_statistics_reach_nothing(tmp_path: Path) -> None:
         b'\x80\x02' + INSTANCE + state + name_op('os', 'system') + b'ssb.',
     )
     with pytest.raises(CheckpointError, match='smuggle'):
-        ensure_safe(path)
+        read_run(path)
     assert HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
 
 
@@ -251,13 +251,13 @@ def test_refused_attribute_is_not_retried_without_protection(tmp_path: Path) -> 
     assert not isinstance(caught.value, pickle.UnpicklingError)
 
 
-def test_ensure_safe_accepts_a_run(run: Path) -> None:
+def test_a_run_is_read(run: Path) -> None:
     path = run / 'epoch_1.pth'
-    assert ensure_safe(path) == str(path)
+    assert read_run(path).path == str(path)
 
 
-def test_ensure_safe_refuses_a_half_written_checkpoint(run: Path) -> None:
+def test_a_run_refuses_a_half_written_checkpoint(run: Path) -> None:
     path = run / 'epoch_1.pth'
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match='cut short'):
-        ensure_safe(path)
+        read_run(path)

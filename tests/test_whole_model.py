@@ -13,7 +13,7 @@ from evaluations import ONE_POINT, Trained, trained
 from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnext_mm.checkpoints.reading import read_checkpoint
+from repnext_mm.checkpoints import read_run
 from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.errors import ModelError, UsageError
 from repnext_mm.deploy.whole_model import derived_config, save_whole_model
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 
 def load(config: Path, checkpoint: Path) -> torch.nn.Module:
     model = mm_models.build(Config.fromfile(config))
-    model.load_state_dict(read_checkpoint(checkpoint, str(checkpoint))['state_dict'])
+    model.load_state_dict(read_run(checkpoint).content['state_dict'])
     return model.eval()
 
 
@@ -43,8 +43,8 @@ def test_the_same_model_without_norms_in_its_backbone(
     model = models[task]
     checkpoint, config = save_whole_model(model.config, model.checkpoint, tmp_path / 'out')
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
-        f'{task}_exact.pth',
-        f'{task}_exact.py',
+        f'{task}_full.pth',
+        f'{task}_full.py',
     ]
     before, after = load(model.config, model.checkpoint), load(config, checkpoint)
     assert any(isinstance(m, _BatchNorm) for m in before.backbone.modules())
@@ -122,7 +122,7 @@ def test_what_is_refused(models: dict[str, Trained], tmp_path: Path) -> None:
     refused(ModelError, r'does not fit the config: \d+ of the', seg.config, det.checkpoint, out)
     refused(ModelError, r'there is no config .*none\.py', Path('none.py'), det.checkpoint, out)
     partial = tmp_path / 'partial.pth'
-    state = read_checkpoint(seg.checkpoint, '')['state_dict']
+    state = read_run(seg.checkpoint).content['state_dict']
     del state['decode_head.conv_seg.weight']
     torch.save({'state_dict': state}, partial)
     refused(ModelError, r'decode_head\.conv_seg\.weight is the first', seg.config, partial, out)
@@ -139,9 +139,7 @@ def test_what_is_refused(models: dict[str, Trained], tmp_path: Path) -> None:
 
     checkpoint, config = save_whole_model(seg.config, seg.checkpoint, out)
     refused(ModelError, "already fused with plan 'full'", config, checkpoint, tmp_path / 'again')
-    refused(
-        UsageError, 'seg_exact.pth exists already; add --force', seg.config, seg.checkpoint, out
-    )
+    refused(UsageError, 'seg_full.pth exists already; add --force', seg.config, seg.checkpoint, out)
     save_whole_model(seg.config, seg.checkpoint, out, force=True)
     blocked = tmp_path / 'file'
     blocked.touch()

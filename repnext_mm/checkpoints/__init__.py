@@ -6,18 +6,22 @@ from ..lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from .errors import CheckpointError
-    from .fetching import local_path
-    from .loading import LoadReport, ensure_safe, load_pretrained
+    from .fetching import fetch
+    from .loading import LoadReport, load_pretrained
     from .published import PUBLISHED
-    from .reading import read_weights
+    from .reading import File, read_checkpoint, read_weights
+    from .runs import RunCheckpoint, read_run
 
 __all__ = [
     'PUBLISHED',
     'CheckpointError',
+    'File',
     'LoadReport',
-    'ensure_safe',
+    'RunCheckpoint',
+    'fetch',
     'load_pretrained',
-    'local_path',
+    'read_checkpoint',
+    'read_run',
     'read_weights',
 ]
 
@@ -26,10 +30,13 @@ __getattr__ = lazy_attributes(
     {
         'PUBLISHED': '.published',
         'CheckpointError': '.errors',
+        'File': '.reading',
         'LoadReport': '.loading',
-        'ensure_safe': '.loading',
+        'RunCheckpoint': '.runs',
+        'fetch': '.fetching',
         'load_pretrained': '.loading',
-        'local_path': '.fetching',
+        'read_checkpoint': '.reading',
+        'read_run': '.runs',
         'read_weights': '.reading',
     },
 )

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from .errors import CheckpointError
-from .fetching import local_path
+from .fetching import fetch
 from .matching import find_fit
 from .published import PUBLISHED
 from .reading import read_weights
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.checkpoint is None:
         parser.error('give a checkpoint, or --list')
     try:
-        weights = read_weights(local_path(args.checkpoint), args.checkpoint)
+        weights = read_weights(fetch(args.checkpoint))
         shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
         fit = find_fit(shapes, args.prefix)
     except CheckpointError as err:

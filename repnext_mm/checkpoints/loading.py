@@ -14,10 +14,10 @@ from torch import Tensor
 from ..network import PLANS, Network, Plan
 from ..reparam import reparameterize
 from .errors import CheckpointError
-from .fetching import local_path
+from .fetching import fetch
 from .matching import Match, find_fit, match_keys, network_shapes
 from .published import Published, find_published, names_for
-from .reading import Weights, file_kind, read_checkpoint, read_weights
+from .reading import Weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LoadReport:
 
 def load_pretrained(
     model: Network,
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Weights,
     *,
     prefix: str | None = None,
     allow_partial: bool = False,
@@ -70,7 +70,7 @@ def load_pretrained(
 
     Args:
         model: The backbone; unchanged if anything fails.
-        checkpoint: Published name, URL or path.
+        checkpoint: Published name, URL or path; or weights that were read already.
         prefix: Where the backbone's keys begin in the file, such as 'backbone.'; found by itself
             when None.
         allow_partial: Load what matches, however little it is.
@@ -85,11 +85,14 @@ def load_pretrained(
             f'{type(model).__name__} is not a backbone of repnext_mm; pass the backbone itself, '
             'such as detector.backbone.'
         )
-    source = str(checkpoint)
-    published = find_published(source)
-    if published and not allow_partial:
-        _check_published(model, published)
-    weights = read_weights(local_path(checkpoint), source)
+    if isinstance(checkpoint, Weights):
+        source, weights = checkpoint.label, checkpoint
+    else:
+        source = str(checkpoint)
+        published = find_published(source)
+        if published and not allow_partial:
+            _check_published(model, published)
+        weights = read_weights(fetch(checkpoint))
     plan, match = _choose_form(model, weights, prefix, allow_partial)
     tensors = {name: weights.tensors[match.prefix + name] for name in match.matched}
     _check_tensors(tensors, source)
@@ -113,26 +116,6 @@ def load_pretrained(
             logging.WARNING,
         )
     return report
-
-
-def ensure_safe(checkpoint: str | os.PathLike[str]) -> str:
-    """Check a checkpoint before MMEngine's runner reads it; returns its path on this machine.
-
-    The onedl stack answers a refused load by loading again without protection. A file that
-    passes here is one that safe loading accepts, so that it never comes to that.
-
-    Raises:
-        CheckpointError: No such checkpoint, it is damaged, or it holds more than data.
-    """
-    path = local_path(checkpoint)
-    kind = file_kind(path, str(path))
-    if kind != 'torch checkpoint':
-        raise CheckpointError(
-            f'{path} is a {kind}, which a run cannot start from; give a checkpoint of a run, or '
-            "load it into the backbone: init_cfg=dict(type='Pretrained', checkpoint=...)."
-        )
-    read_checkpoint(path, str(path))
-    return str(path)
 
 
 def _choose_form(

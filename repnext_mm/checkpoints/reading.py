@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
+import os
 import pickle
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,90 +35,116 @@ _EXTRA_GLOBALS: tuple[SafeGlobal, ...] = ((argparse.Namespace, 'argparse.Namespa
 
 
 @dataclass(frozen=True)
+class File:
+    """A weight file in memory. It is read once; all that is asked of it later is in `data`.
+
+    Args:
+        path: Where it is.
+        label: What messages call it.
+        data: Its bytes.
+        sha256: Of those.
+    """
+
+    path: Path
+    label: str
+    data: bytes = field(repr=False)
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], label: str | None = None) -> File:
+        """Read a file; messages call it by its path unless `label` is given."""
+        data = Path(path).read_bytes()
+        return cls(Path(path), label or str(path), data, hashlib.sha256(data).hexdigest())
+
+    def open(self) -> io.BytesIO:
+        """The bytes, to read from their beginning."""
+        return io.BytesIO(self.data)
+
+
+@dataclass(frozen=True)
 class Weights:
-    """The tensors of one file, and where in it they were."""
+    """The tensors of one file, where in it they were, and the SHA-256 of the file."""
 
     label: str
     kind: Kind
     container: str
     tensors: dict[str, Tensor]
+    sha256: str
 
     def __str__(self) -> str:
         under = f' under {self.container!r}' if self.container else ''
         return f'{self.kind}, {len(self.tensors)} tensors{under}'
 
 
-def read_weights(path: Path, label: str | None = None) -> Weights:
-    """Read the tensors of a weight file; nothing in the file is executed.
+def read_weights(file: File | Path, label: str | None = None) -> Weights:
+    """The tensors of a weight file; nothing in the file is executed.
 
     Args:
-        path: The file.
+        file: The file, or its path.
         label: What to call it in messages; its path unless given.
 
     Raises:
-        CheckpointError: It is not a weight file, is damaged, or holds more than data.
+        CheckpointError: It is not a weight file, is damaged, or contains more than data.
     """
-    label = label or str(path)
-    kind = file_kind(path, label)
+    file = file if isinstance(file, File) else File.read(file, label)
+    kind = file_kind(file)
     if kind == 'torch checkpoint':
-        content = read_checkpoint(path, label, _EXTRA_GLOBALS)
-        container, tensors = _find_tensors(content, label)
-        return Weights(label, kind, container, tensors)
+        container, tensors = _find_tensors(read_checkpoint(file, _EXTRA_GLOBALS), file.label)
+        return Weights(file.label, kind, container, tensors, file.sha256)
     reader = read_torchscript if kind == 'TorchScript archive' else _read_safetensors
-    with _damage_named(label):
-        tensors = reader(path)
+    with _damage_named(file.label):
+        tensors = reader(file.open())
     if not tensors:
-        raise CheckpointError(f'{label} is a {kind} without any tensor to load.')
-    return Weights(label, kind, '', tensors)
+        raise CheckpointError(f'{file.label} is a {kind} without any tensor to load.')
+    return Weights(file.label, kind, '', tensors, file.sha256)
 
 
-def read_checkpoint(path: Path, label: str, extra_globals: Sequence[SafeGlobal] = ()) -> Any:
-    """The whole content of a file that `torch.save` wrote, by torch's safe loading.
+def read_checkpoint(file: File, extra_globals: Sequence[SafeGlobal] = ()) -> Any:
+    """The complete content of a file that `torch.save` wrote, by torch's safe loading.
 
     Raises:
-        CheckpointError: The file is damaged, or holds more than data.
+        CheckpointError: The file is damaged, or contains more than data.
     """
     missing = [g for g in extra_globals if g not in torch.serialization.get_safe_globals()]
-    with _damage_named(label):
+    with _damage_named(file.label):
         try:
             with torch.serialization.safe_globals(missing):
-                return torch.load(path, map_location='cpu', weights_only=True)
+                return torch.load(file.open(), map_location='cpu', weights_only=True)
         except CheckpointError as err:  # from our stand-in for getattr
-            raise CheckpointError(f'{label} was not loaded: {err}') from err
+            raise CheckpointError(f'{file.label} was not loaded: {err}') from err
         except pickle.UnpicklingError as err:
-            objects = _refused_objects(path, str(err))
+            objects = _refused_objects(file, str(err))
             if not objects:
                 raise
             raise CheckpointError(
-                f'{label} was not loaded, because it holds Python objects beside tensors '
+                f'{file.label} was not loaded, because it holds Python objects beside tensors '
                 f'({", ".join(objects)}), and loading those can run code; ask for, or save, a '
                 'plain state dict: torch.save(model.state_dict(), ...).'
             ) from err
 
 
-def check_crc(path: Path, label: str) -> None:
+def check_crc(file: File) -> None:
     """Compare a zip archive's bytes with the checksums in it; other files pass.
 
     Raises:
         CheckpointError: They differ.
     """
-    if zipfile.is_zipfile(path):
-        with _damage_named(label), zipfile.ZipFile(path) as archive:
+    if zipfile.is_zipfile(file.open()):
+        with _damage_named(file.label), zipfile.ZipFile(file.open()) as archive:
             bad = archive.testzip()
         if bad:
-            raise CheckpointError(_damaged(label, f'the checksum of {bad} is wrong'))
+            raise CheckpointError(_damaged(file.label, f'the checksum of {bad} is wrong'))
 
 
-def file_kind(path: Path, label: str) -> Kind:
-    """Tell by its content what kind of weight file this is.
+def file_kind(file: File) -> Kind:
+    """Which kind of weight file this is, by its content.
 
     Raises:
         CheckpointError: It is none, and what it is instead.
     """
-    with path.open('rb') as file:
-        head = file.read(512)
+    head = file.data[:512]
     # First, as the length that such a file begins with may look like any other file's mark.
-    if _is_safetensors(head, path.stat().st_size):
+    if _is_safetensors(head, len(file.data)):
         return 'safetensors file'
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n')[:64].lower()
     if not head:
@@ -125,17 +154,17 @@ def file_kind(path: Path, label: str) -> Kind:
     elif text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head', b'<body')):
         reason = 'is a web page, not weights; delete it and fetch the file itself.'
     elif head.startswith(b'PK'):
-        return _zip_kind(path, label)
+        return _zip_kind(file)
     elif head.startswith(b'\x80'):
         return 'torch checkpoint'
-    elif tarfile.is_tarfile(path):
+    elif tarfile.is_tarfile(file.open()):
         reason = 'is a tar archive; unpack it and give a weight file in it.'
     else:
         reason = (
             f'is not a weight file (it begins with {head[:12]!r}); '
             'torch checkpoints, TorchScript archives and safetensors can be read.'
         )
-    raise CheckpointError(f'{label} {reason}')
+    raise CheckpointError(f'{file.label} {reason}')
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
@@ -143,25 +172,25 @@ def _is_safetensors(head: bytes, size: int) -> bool:
     return head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= size - 8
 
 
-def _zip_kind(path: Path, label: str) -> Kind:
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(_damaged(label, 'the end of the archive is missing'))
-    with zipfile.ZipFile(path) as archive:
+def _zip_kind(file: File) -> Kind:
+    if not zipfile.is_zipfile(file.open()):
+        raise CheckpointError(_damaged(file.label, 'the end of the archive is missing'))
+    with zipfile.ZipFile(file.open()) as archive:
         names = set(archive.namelist())
         root = archive_root(archive) if names else ''
     if f'{root}/data.pkl' not in names:
         raise CheckpointError(
-            f'{label} is a zip archive but not one that torch.save wrote; '
+            f'{file.label} is a zip archive but not one that torch.save wrote; '
             'unpack it and give a weight file in it.'
         )
     scripted = f'{root}/constants.pkl' in names
     return 'TorchScript archive' if scripted else 'torch checkpoint'
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _read_safetensors(file: io.BytesIO) -> dict[str, Tensor]:
+    from safetensors.torch import load
 
-    return load_file(path)
+    return load(file.getvalue())
 
 
 def _find_tensors(content: Any, label: str) -> tuple[str, dict[str, Tensor]]:
@@ -183,12 +212,12 @@ def _find_tensors(content: Any, label: str) -> tuple[str, dict[str, Tensor]]:
     )
 
 
-def _refused_objects(path: Path, message: str) -> list[str]:
+def _refused_objects(file: File, message: str) -> list[str]:
     """Names of the Python objects for which torch refused a file, if it was for that."""
-    find: Callable[[Path], list[str]] = torch.serialization.get_unsafe_globals_in_checkpoint
+    find: Callable[[Any], list[str]] = torch.serialization.get_unsafe_globals_in_checkpoint
     try:
-        names = find(path)
-    except Exception:  # older formats cannot be listed; the first name stands in the message
+        names = find(file.open())
+    except Exception:  # older formats cannot be listed; the first name is in the message
         names = []
     return sorted(names) or re.findall(r'GLOBAL (\S+) (?:was not|whose module)', message)[:1]
 

@@ -11,8 +11,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -88,9 +87,9 @@ def archive_root(archive: zipfile.ZipFile) -> str:
     return archive.namelist()[0].split('/', 1)[0]
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
+def read_torchscript(file: IO[bytes]) -> dict[str, Tensor]:
     """Every tensor in the archive by its attribute path, as `state_dict()` would name it."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         module = _TensorUnpickler(archive, archive_root(archive)).load()
     return dict(_tensors(module, '', ()))
 

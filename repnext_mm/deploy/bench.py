@@ -607,7 +607,7 @@ def latency_table(measured: Measured) -> Table:
         'precision',
         'ms',
         'p90',
-        'time / branches',
+        'time / upstream',
         'time / baseline',
         '',
         'load s',

@@ -20,13 +20,13 @@ from .errors import UsageError
 SCHEMA_VERSION = 1
 JSON_NAME, MARKDOWN_NAME = 'report.json', 'report.md'
 COLUMNS = ('format', 'dtype', 'status', 'MB', 'max rel err', 'SQNR dB', 'p50 ms (p90)',
-           'vs branches', 'file')  # fmt: skip
+           'vs upstream', 'file')  # fmt: skip
 LATENCY_COLUMNS = (
     'what',
     'computes in',
     'p50 ms (p90)',
-    'vs branches [95 %]',
-    'vs PyTorch eager, branches',
+    'vs upstream [95 %]',
+    'vs PyTorch eager, upstream',
     'verdict',
     'noise',
 )

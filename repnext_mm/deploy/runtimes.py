@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reading import read_checkpoint
+from ..checkpoints import CheckpointError, File, read_checkpoint
 from .openvino_core import openvino_core
 
 #: The key under which every artifact carries its metadata, as one JSON string.
@@ -364,7 +363,7 @@ class FusedArtifact(TorchArtifact):
     def load_module(self) -> None:
         from .. import backbones
 
-        checkpoint = read_checkpoint(self.path, str(self.path))
+        checkpoint = read_checkpoint(File.read(self.path))
         meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
         self.metadata = _metadata(self, meta or {})
         if not self.metadata:

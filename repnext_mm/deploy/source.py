@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones import FAMILIES, PyramidBackbone, names
-from ..checkpoints import CheckpointError, load_pretrained, local_path, read_weights
+from ..checkpoints import CheckpointError, fetch, load_pretrained, read_weights
 from ..checkpoints.matching import find_fit
+from ..checkpoints.reading import Weights
 from ..configs import is_config_name
 from ..engine.errors import UserError
 from .errors import ModelError
@@ -69,13 +69,13 @@ def load_source(
     try:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            source = _build_source(name, checkpoint is None, out_indices)
-        if checkpoint is None and source.config is None and name not in NAMES:
-            checkpoint = name
-        if checkpoint is None:
+            source, weights = _build_source(name, checkpoint is None, out_indices)
+        if checkpoint is not None:
+            weights = read_weights(fetch(checkpoint))
+        if weights is None:
             draw_weights(source.model, seed)
         else:
-            _load(source, checkpoint, allow_partial)
+            _load(source, weights, allow_partial)
     except ModelError:
         raise
     except (ValueError, UserError) as error:
@@ -84,15 +84,21 @@ def load_source(
     return source
 
 
-def _build_source(name: str, alone: bool, out_indices: tuple[int, ...] | None) -> Source:
-    """The network `name`, with weights as initialised; `alone` without a checkpoint for it."""
+def _build_source(
+    name: str, alone: bool, out_indices: tuple[int, ...] | None
+) -> tuple[Source, Weights | None]:
+    """The network `name` as initialized, and its weights if it is a weight file.
+
+    `alone` says that no checkpoint for it is given.
+    """
     if name in NAMES:
         family, arch = NAMES[name]
-        return Source(name, _build(family, {'arch': arch}, out_indices), 'random')
+        return Source(name, _build(family, {'arch': arch}, out_indices), 'random'), None
     if is_config_name(name):
-        return _from_config(name, out_indices)
+        return _from_config(name, out_indices), None
     if name.endswith(WEIGHT_SUFFIXES) and alone:
-        return _from_weights(name, out_indices)
+        weights = read_weights(fetch(name))
+        return _from_weights(weights, out_indices), weights
     close = difflib.get_close_matches(name.lower(), NAMES, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ModelError(
@@ -135,13 +141,12 @@ def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
     )
 
 
-def _from_weights(path: str, out_indices: tuple[int, ...] | None) -> Source:
-    weights = read_weights(local_path(path), path)
+def _from_weights(weights: Weights, out_indices: tuple[int, ...] | None) -> Source:
     fit = find_fit({key: tensor.shape for key, tensor in weights.tensors.items()})
     if fit is None or fit.arch is None:
         raise ModelError(
-            f'{path} fits no network of this package; give the config or the arch name, then the '
-            'checkpoint.'
+            f'{weights.label} fits no network of this package; give the config or the arch name, '
+            'then the checkpoint.'
         )
     name, (family, arch) = next(
         (name, row) for name, row in NAMES.items() if row == (fit.family, fit.arch)
@@ -149,24 +154,22 @@ def _from_weights(path: str, out_indices: tuple[int, ...] | None) -> Source:
     return Source(name, _build(family, {'arch': arch}, out_indices), 'random')
 
 
-def _load(source: Source, checkpoint: str, allow_partial: bool) -> None:
+def _load(source: Source, weights: Weights, allow_partial: bool) -> None:
     """Load into the network; a fused file makes it the fused network of that plan."""
-    path = local_path(checkpoint)
-    tensors = read_weights(path, checkpoint).tensors
     model = source.model
-    fit = find_fit({key: tensor.shape for key, tensor in tensors.items()}, like=model)
+    fit = find_fit({key: tensor.shape for key, tensor in weights.tensors.items()}, like=model)
     if fit is not None and fit.plan is not None and fit.family is type(model):
         model = type(model)(source.arch, out_indices=model.out_indices, deploy=fit.plan)
-    report = load_pretrained(model, checkpoint, allow_partial=allow_partial)
+    report = load_pretrained(model, weights, allow_partial=allow_partial)
     if report.non_finite:
         raise CheckpointError(
-            f'{checkpoint} has NaN or infinity in {report.non_finite[0]}; give a checkpoint from '
-            'before the training diverged.'
+            f'{weights.label} has NaN or infinity in {report.non_finite[0]}; give a checkpoint '
+            'from before the training diverged.'
         )
     source.model = model
     source.weights = 'checkpoint'
-    source.checkpoint = checkpoint
-    source.checkpoint_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    source.checkpoint = weights.label
+    source.checkpoint_sha256 = weights.sha256
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,12 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from ..backbones import PyramidBackbone
-from ..checkpoints import CheckpointError, ensure_safe
-from ..checkpoints.reading import read_checkpoint
+from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..engine.cli import import_framework
 from ..engine.config_file import load_config
 from ..engine.errors import UserError
 from ..engine.resume import require_fit
-from ..network import Plan, check_plan
+from ..network import Network, Plan, check_plan
 from ..reparam import reparameterize
 from ..timing.rounds import CallRunner, Schedule, compare
 from ..timing.tables import record
@@ -72,20 +69,24 @@ def save_whole_model(
         raise UsageError(f'{there[0]} exists already; add --force to replace it.')
     try:
         cfg = load_config(str(config), {}, None, 'none')
-        model, content = _load(cfg, str(checkpoint))
+        model, trained = _load(cfg, str(checkpoint))
         fused = _fuse(model, plan, str(checkpoint))
     except (CheckpointError, UserError) as error:
         raise ModelError(str(error)) from error
 
     derived = derived_config(cfg, plan)
-    meta = {key: value for key, value in content.get('meta', {}).items() if key == 'dataset_meta'}
+    meta = {
+        key: value
+        for key, value in trained.content.get('meta', {}).items()
+        if key == 'dataset_meta'
+    }
     metadata = {
         'version': __version__,
         'scope': 'model',
         'plan': plan,
         'dtype': 'fp32',
         'weights': 'checkpoint',
-        'checkpoint_sha256': hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        'checkpoint_sha256': trained.sha256,
     }
     meta |= {'cfg': derived.pretty_text, METADATA_KEY: json.dumps(metadata)}
     make_folder(out_dir)
@@ -164,9 +165,9 @@ def time_whole_model(
         torch.set_num_threads(before)
 
 
-def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained model in eval mode, and all that its checkpoint holds."""
-    content = read_checkpoint(Path(ensure_safe(checkpoint)), checkpoint)
+def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, RunCheckpoint]:
+    """The trained model in eval mode, and its checkpoint."""
+    trained = read_run(checkpoint)
     import_framework(cfg.get('default_scope'))
     settings = copy.deepcopy(cfg.model)
     for backbone in _backbone_configs(settings):
@@ -175,15 +176,15 @@ def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
         settings.pretrained = None
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = revert_sync_batchnorm(MODELS.build(settings))
-    require_fit(model, content, checkpoint, share=1.0)
-    state = content.get('state_dict', content)
+    require_fit(model, trained.content, checkpoint, share=1.0)
+    state = trained.content.get('state_dict', trained.content)
     model.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()}, strict=False)
-    return model.eval(), content
+    return model.eval(), trained
 
 
 def _fuse(model: nn.Module, plan: Plan, checkpoint: str) -> nn.Module:
     for backbone in model.modules():
-        if isinstance(backbone, PyramidBackbone) and backbone.plan is not None:
+        if isinstance(backbone, Network) and backbone.plan is not None:
             raise ModelError(
                 f'{checkpoint} is already fused with plan {backbone.plan!r}; use it as it is, or '
                 'give the checkpoint and the config of the training.'
@@ -200,7 +201,7 @@ def _backbone_configs(node: Any) -> Iterator[Any]:
     if isinstance(node, dict):
         kind = node.get('type')
         family = MODELS.get(kind) if isinstance(kind, str) else kind
-        if isinstance(family, type) and issubclass(family, PyramidBackbone):
+        if isinstance(family, type) and issubclass(family, Network):
             yield node
         for value in node.values():
             yield from _backbone_configs(value)

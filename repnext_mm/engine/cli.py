@@ -19,7 +19,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..checkpoints import CheckpointError, ensure_safe
+from ..checkpoints import CheckpointError, RunCheckpoint, read_run
+from ..checkpoints.runs import passed_on
 from ..deploy.exported_backbone import introduce, put_in_place
 from ..operators import explain as explain_operators
 from ..program import command, program
@@ -158,12 +159,14 @@ def _train(args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     _prepare(cfg, args, ('train', 'val'))
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or LATEST))
+    checkpoint: RunCheckpoint | None = None
     if resume:
-        cfg.load_from, line = checkpoint_to_resume(cfg, resume)
-        cfg.resume = cfg.load_from is not None
+        checkpoint, line = checkpoint_to_resume(cfg, resume)
+        cfg.resume = checkpoint is not None
         _say(line)
     elif cfg.get('load_from'):
-        cfg.load_from = ensure_safe(cfg.load_from)
+        checkpoint = read_run(cfg.load_from)
+    cfg.load_from = checkpoint and checkpoint.path
 
     runner = _build_runner(cfg)
     if cfg.get('resume'):
@@ -174,7 +177,8 @@ def _train(args: argparse.Namespace) -> None:
         keep_float32_where_needed(runner.model)
     _hint_batch_size(cfg, runner.world_size)
     try:
-        runner.train()
+        with passed_on(checkpoint):
+            runner.train()
     except CheckpointError as error:
         raise UserError(
             f'{str(error).rstrip(".")}; or train without pretrained weights: '
@@ -194,7 +198,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _test(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
-    cfg.load_from = ensure_safe(args.checkpoint)
+    checkpoint = read_run(args.checkpoint)
+    cfg.load_from = checkpoint.path
     cfg.resume = False  # the config beside a resumed run's checkpoint says True
     if args.show_dir:
         if 'visualization' not in (cfg.get('default_hooks') or {}) or 'visualizer' not in cfg:
@@ -216,7 +221,7 @@ def _test(args: argparse.Namespace) -> None:
         for line in introduce(getattr(runner.model, 'module', runner.model), cfg.load_from):
             _say(line)
     runner.register_hook(RequireFit())
-    with keep_results(runner):
+    with keep_results(runner), passed_on(checkpoint):
         runner.test()
 
     arguments = [args.config, args.checkpoint, '--show-dir', 'pictures']

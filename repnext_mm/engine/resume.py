@@ -15,61 +15,63 @@ from mmengine.model import BaseModule
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reading import check_crc, read_checkpoint
+from ..checkpoints import CheckpointError, File, RunCheckpoint, read_checkpoint
+from ..checkpoints.matching import THRESHOLD
+from ..checkpoints.reading import check_crc
 from .errors import UserError
 
 LATEST = 'latest'
 #: What a checkpoint holds that training can continue from.
 RESUMABLE = ('meta', 'state_dict', 'message_hub', 'optimizer')
-MATCHED_SHARE = 0.99  # below this a checkpoint belongs to another model
 
 
-def checkpoint_to_resume(cfg: Config, resume: str) -> tuple[str | None, str]:
+def checkpoint_to_resume(cfg: Config, resume: str) -> tuple[RunCheckpoint | None, str]:
     """The checkpoint to continue from, and a line for the user about it.
 
     Args:
         cfg: Its `work_dir` is searched, for what its checkpoint hook writes there.
-        resume: A file, or LATEST for the newest checkpoint that is whole. There may be none yet;
-            the run then starts at the beginning.
+        resume: A file, or LATEST for the newest complete checkpoint. There may be none yet; the
+            run then starts at the beginning.
 
     Raises:
         UserError: Training cannot continue from the given file.
     """
     if resume != LATEST:
-        if problem := resumable_problem(resume):
+        checkpoint = read_resumable(resume)
+        if isinstance(checkpoint, str):
             raise UserError(
-                f'training cannot continue from {resume}: {problem}; give --resume without a file '
-                'to take the newest whole checkpoint.'
+                f'training cannot continue from {resume}: {checkpoint}; give --resume without a '
+                'file to use the newest complete checkpoint.'
             )
-        return resume, f'Resuming from {resume}.'
+        return checkpoint, f'Resuming from {resume}.'
     hook_cfg = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    chosen, skipped = None, []
+    skipped: list[str] = []
     for path in checkpoints_newest_first(cfg.work_dir, hook_cfg):
-        problem = resumable_problem(path)
-        if problem is None:
-            chosen = str(path)
-            break
-        skipped.append(problem)
+        checkpoint = read_resumable(path)
+        if isinstance(checkpoint, RunCheckpoint):
+            note = f' (skipped: {"; ".join(skipped)})' if skipped else ''
+            return checkpoint, f'Resuming from {path}{note}.'
+        skipped.append(checkpoint)
     note = f' (skipped: {"; ".join(skipped)})' if skipped else ''
-    if chosen is None:
-        return None, f'No whole checkpoint in {cfg.work_dir}{note}: starting at the beginning.'
-    return chosen, f'Resuming from {chosen}{note}.'
+    return None, f'No complete checkpoint in {cfg.work_dir}{note}: starting at the beginning.'
 
 
-def resumable_problem(path: str | Path) -> str | None:
-    """Why training cannot continue from this checkpoint, or None if it can.
+def read_resumable(path: str | Path) -> RunCheckpoint | str:
+    """The checkpoint at `path`, or why training cannot continue from it.
 
-    The whole file is read: a truncated or damaged one must not be taken for a checkpoint.
+    All of the file is checked: a truncated or damaged one must not pass for a checkpoint.
     """
-    path = Path(path)
+    name = Path(path).name
     try:
-        check_crc(path, path.name)
-        checkpoint = read_checkpoint(path, path.name)
+        file = File.read(path, name)
+        check_crc(file)
+        content = read_checkpoint(file)
     except (CheckpointError, OSError) as error:
         return str(error).rstrip('.')
-    missing = [key for key in RESUMABLE if key not in checkpoint]
-    return f'{path.name} lacks {", ".join(missing)}' if missing else None
+    missing = [key for key in RESUMABLE if key not in content]
+    if missing:
+        return f'{name} lacks {", ".join(missing)}'
+    return RunCheckpoint(str(path), content, file.sha256)
 
 
 def checkpoints_newest_first(work_dir: str | Path, hook_cfg: dict) -> Iterator[Path]:
@@ -107,7 +109,7 @@ class RequireFit(Hook):
 
 
 def require_fit(
-    model: nn.Module, checkpoint: dict[str, Any], path: str, share: float = MATCHED_SHARE
+    model: nn.Module, checkpoint: dict[str, Any], path: str, share: float = THRESHOLD
 ) -> None:
     """Compare the names and shapes of a checkpoint of a run with those of `model`.
 
