@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 REPO = Path(__file__).resolve().parent.parent
+#: Published results, keys and outputs of the published code, and snapshots of ours.
+DATA = REPO / 'tests' / 'data'
 
 # The same examples in every run, however slow the machine is; nothing is kept for the next run.
 settings.register_profile(
@@ -37,7 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         '--shuffle',
         type=int,
         metavar='SEED',
-        help='take files, and the tests of each, in any order',
+        help='run files, and the tests of each, in any order',
+    )
+    parser.addoption(
+        '--update-snapshots', action='store_true', help='record what tests/test_snapshots.py sees'
     )
 
 
@@ -86,14 +91,10 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope='session')
-def parity_dir(data_root: Path) -> Path:
-    return data_root.parent / 'parity'
-
-
-@pytest.fixture(scope='session')
-def formula(parity_dir: Path) -> ModuleType:
+def formula() -> ModuleType:
     """The module that makes the fixtures' weights and inputs."""
-    spec = importlib.util.spec_from_file_location('formula', parity_dir / 'formula.py')
+    path = DATA / 'parity' / 'formula.py'
+    spec = importlib.util.spec_from_file_location('formula', path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -101,9 +102,9 @@ def formula(parity_dir: Path) -> ModuleType:
 
 
 @pytest.fixture(scope='session')
-def published(data_root: Path) -> dict:
+def published() -> dict:
     """Published results; none of them was measured here."""
-    return json.loads((data_root.parent / 'published' / 'results.json').read_text())
+    return json.loads((DATA / 'published' / 'results.json').read_text())
 
 
 @pytest.fixture(scope='session', autouse=True)

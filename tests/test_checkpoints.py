@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from conftest import DATA, randomise
 from mmengine.logging import HistoryBuffer, MMLogger
 from torch import Tensor, nn
 
@@ -343,9 +343,9 @@ def test_file_without_batch_counters_loads(tmp_path: Path) -> None:
         'recnext_t_share_channel',
     ],
 )
-def test_published_key_lists_load(name: str, parity_dir: Path, tmp_path: Path) -> None:
+def test_published_key_lists_load(name: str, tmp_path: Path) -> None:
     """Files with exactly the published names, classifier included."""
-    fixture = json.loads((parity_dir / f'{name}.json').read_text())
+    fixture = json.loads((DATA / 'parity' / f'{name}.json').read_text())
     shapes = fixture['state_dict'] | fixture['classifier_keys']
     torch.save({'model': {k: torch.ones(shape) for k, shape in shapes.items()}}, tmp_path / 'a.pth')
     family, arch = name.split('_', 1)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import DATA
 
 import repnext_mm
 
 FAMILIES = {'repnext': repnext_mm.RepNeXt, 'recnext': repnext_mm.RecNeXt}
 
 
-def fixture_names() -> list[str]:
-    """All fixtures of the families above, known only where the shared data is."""
-    data = os.environ.get('REPNEXT_MM_DATA')
-    folder = Path(data).resolve().parent / 'parity' if data else Path('unset')
-    return sorted(p.stem for p in folder.glob('*.json') if p.stem.split('_')[0] in FAMILIES)
+PARITY = DATA / 'parity'
+#: All fixtures of the families above.
+FIXTURES = sorted(p.stem for p in PARITY.glob('*.json') if p.stem.split('_')[0] in FAMILIES)
 
 
 def build(variant: str, **kwargs):
@@ -25,13 +21,13 @@ def build(variant: str, **kwargs):
     return FAMILIES[family](arch, **kwargs).eval()
 
 
-def test_every_family_has_fixtures(parity_dir):
-    assert {name.split('_')[0] for name in fixture_names()} == set(FAMILIES)
+def test_every_family_has_fixtures():
+    assert {name.split('_')[0] for name in FIXTURES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize('variant', fixture_names())
-def test_keys_and_outputs_are_the_published_ones(variant, parity_dir, formula):
-    fixture = formula.load(parity_dir / f'{variant}.json')
+@pytest.mark.parametrize('variant', FIXTURES)
+def test_keys_and_outputs_are_the_published_ones(variant, formula):
+    fixture = formula.load(PARITY / f'{variant}.json')
     model = build(variant)
     keys = {k: list(v.shape) for k, v in model.state_dict().items()}
     assert keys == fixture['state_dict']

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import DATA, REPO
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -83,8 +83,8 @@ def learning_rates(config: str, epoch_length: int, work_dir: Path) -> list[float
     return record.rates
 
 
-def published_rates(data_root: Path, name: str) -> list[dict[str, str]]:
-    with open(data_root.parent / 'published' / name, newline='') as file:
+def published_rates(name: str) -> list[dict[str, str]]:
+    with open(DATA / 'published' / name, newline='') as file:
         return list(csv.DictReader(file))
 
 
@@ -113,7 +113,6 @@ def test_whole_run_follows_the_published_one(
     log: str,
     epoch_length: int,
     total: int,
-    request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     rates = learning_rates(config, epoch_length, tmp_path)
@@ -123,7 +122,7 @@ def test_whole_run_follows_the_published_one(
         assert rates[i] == pytest.approx(recipe(i), rel=1e-4, abs=0), f'{config} at {i}'
     assert rates[-1] == pytest.approx(recipe(total - 1), rel=1e-4, abs=0)
 
-    rows = published_rates(request.getfixturevalue('data_root'), log)
+    rows = published_rates(log)
     assert len(rows) > 1500
     for row in rows:
         iteration = (int(row.get('epoch', 1)) - 1) * epoch_length + int(row['iter'])

@@ -406,4 +406,4 @@ def test_checkpoints_that_cannot_be_used(fails: Callable, shapes: Path, tmp_path
     checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
     assert 'other.pth' in fails(evaluate, CONFIGS['seg'], checkpoint, *settings)
     sentence = fails(train, CONFIGS['seg'], '--resume', checkpoint, *settings)
-    assert 'give --resume without a file to take the newest whole checkpoint' in sentence
+    assert 'give --resume without a file to use the newest complete checkpoint' in sentence
