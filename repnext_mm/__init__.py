@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS
 
 from . import (
-    atomic_files,  # noqa: F401  registers its file backend
+    files,  # noqa: F401  registers its file backend
     operators,
 )
 from .checkpoints.safe_globals import allow_mmengine_checkpoints
@@ -29,7 +29,7 @@ from .network import Network
 
 if TYPE_CHECKING:
     from .backbones import InceptionNeXt, RecNeXt, RepNeXt
-    from .deploy.exported_backbone import ExportedBackbone
+    from .engine.exported_backbone import ExportedBackbone
     from .optimization import optimize
     from .reparam import prove, reparameterize
 
@@ -47,7 +47,7 @@ __all__ = [
 __getattr__ = lazy_attributes(
     __name__,
     {
-        'ExportedBackbone': '.deploy.exported_backbone',
+        'ExportedBackbone': '.engine.exported_backbone',
         'InceptionNeXt': '.backbones',
         'RecNeXt': '.backbones',
         'RepNeXt': '.backbones',
@@ -59,7 +59,7 @@ __getattr__ = lazy_attributes(
 
 for _name in ('InceptionNeXt', 'RecNeXt', 'RepNeXt'):
     register_lazily(MODELS, _name, '.backbones', base=Network)
-register_lazily(MODELS, 'ExportedBackbone', '.deploy.exported_backbone')
+register_lazily(MODELS, 'ExportedBackbone', '.engine.exported_backbone')
 register_lazily(HOOKS, 'AtomicCheckpointHook', '.engine.atomic_checkpoint')
 register_lazily(HOOKS, 'CompileBackbone', '.engine.compile')
 register_lazily(OPTIM_WRAPPERS, 'PortableAmpOptimWrapper', '.engine.amp')

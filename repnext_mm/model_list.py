@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -16,6 +15,7 @@ from .configs import FOLDER, config_names
 from .engine.errors import UserError, run_tool
 from .program import program
 from .published_results import METHODS, published, published_results, top1
+from .text import closest
 
 Record = dict[str, Any]
 Columns = dict[str, str]
@@ -82,8 +82,8 @@ def show(pattern: str, as_json: bool) -> None:
     for title, records in found.items():
         found[title] = [record for record in records if matches(pattern, record['name'])]
     if not any(found.values()):
-        close = difflib.get_close_matches(pattern, names, 1, cutoff=0.4)
-        hint = f'did you mean {close[0]}?' if close else 'leave it out to see all.'
+        close = closest(pattern, names, cutoff=0.4)
+        hint = f'did you mean {close}?' if close else 'leave it out to see all.'
         raise UserError(f'no network or config matches {pattern!r}; {hint}')
     if as_json:
         print(json.dumps(found, indent=1))

@@ -13,9 +13,12 @@ from tool_runs import run_here, script, succeed, succeed_here
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt, benchmark
-from repnext_mm.benchmark import Settings, Trial, Variant
-from repnext_mm.timing import Schedule
+from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt
+from repnext_mm.backbones import look_up
+from repnext_mm.measure import Schedule
+from repnext_mm.measure import networks as benchmark
+from repnext_mm.measure.networks import Settings, Trial, Variant
+from repnext_mm.text import parse_size
 
 QUICK = Schedule(rounds=2, budget_s=0.01)
 SMALL = Settings(size=(32, 64), batch=2, schedule=QUICK)
@@ -210,18 +213,18 @@ def test_without_variants_every_form_is_measured_and_layers_in_both_memory_forma
     ],
 )
 def test_networks_are_named_by_family_and_arch(name: str, family: type, arch: str) -> None:
-    assert benchmark.parse_arch(name) == (family, arch)
+    assert look_up(name) == (family, arch)
 
 
 @pytest.mark.parametrize('text, size', [('512', (512, 512)), ('800x1333', (800, 1333))])
 def test_a_size_is_one_number_or_two(text: str, size: tuple[int, int]) -> None:
-    assert benchmark.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize('text', ['', '0', '12x', '1x2x3', '-5', '4.5', 'big'])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match='HEIGHTxWIDTH'):
-        benchmark.parse_size(text)
+        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from repnext_mm.deploy.errors import UsageError
 from repnext_mm.deploy.exporters import Job
 from repnext_mm.deploy.folders import make_folder
 from repnext_mm.deploy.formats import FORMATS, TORCH_EXPORT, choose_formats
-from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import NAMES, load_source
+from repnext_mm.runtimes import open_artifact
 
 CONFIG = REPO / 'configs' / 'mask_rcnn_repnext_m0_shapes.py'
 STEM = 'repnext_m0_64x64_b1_full_fp32'

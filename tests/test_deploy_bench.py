@@ -20,13 +20,20 @@ from torch import nn
 
 from repnext_mm import RecNeXt, RepNeXt, reparameterize
 from repnext_mm.deploy import bench
-from repnext_mm.deploy.bench import BASELINE, BenchError, Measured, Network, Subject, Worker
 from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.explain import explain, kind_of
 from repnext_mm.deploy.formats import FORMATS
 from repnext_mm.deploy.report import Report
-from repnext_mm.deploy.worker import serve
-from repnext_mm.timing import Floor, Ratio, Samples, Schedule
+from repnext_mm.measure import Comparison, Floor, Ratio, Samples, Schedule, artifacts, environment
+from repnext_mm.measure.artifacts import (
+    BASELINE,
+    BenchError,
+    Measured,
+    Network,
+    Subject,
+    Worker,
+)
+from repnext_mm.measure.worker import serve
 
 TINY = dict(channels=[8, 16, 32, 64], depths=[1, 1, 1, 1])
 NETWORK = Network(RepNeXt, TINY, (0, 3))
@@ -64,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _cpu_without_bfloat16() -> Iterator[None]:
     """Which rows there are does not depend on the CPU that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.environment, 'isa_flags', lambda: ['avx2'])
+        patch.setattr(environment, 'isa_flags', lambda: ['avx2'])
         yield
 
 
@@ -90,7 +97,7 @@ class WorkerHere(Worker):
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers without processes of their own."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(bench, 'Worker', WorkerHere)
+    monkeypatch.setattr(artifacts, 'Worker', WorkerHere)
     yield
     torch.set_num_threads(threads)
 
@@ -101,7 +108,7 @@ def report(folder: Path) -> Report:
     report = Report.start(folder, MODEL, [PLAN])
     report.data['artifacts'] = [record('onnx', 'full'), record('openvino', 'full')]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, 'Worker', WorkerHere)
+        patch.setattr(artifacts, 'Worker', WorkerHere)
         [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
     assert isinstance(measured, Measured)
     return report
@@ -234,7 +241,7 @@ def test_int8_is_labelled_and_compared_with_float32(folder: Path) -> None:
 def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
     flags: list[str], takes: bool, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    monkeypatch.setattr(bench.environment, 'isa_flags', lambda: flags)
+    monkeypatch.setattr(environment, 'isa_flags', lambda: flags)
     exact = record('openvino', 'full')
     rows = bench._artifact_rows(FORMATS['openvino'], exact, folder, folder, SHAPE, ['bf16'])
     names = [row.name for row in rows]
@@ -250,11 +257,11 @@ def test_what_cannot_be_run_is_left_out_and_told(folder: Path, tmp_path: Path) -
         FORMATS['onnx'], folder / 'full.onnx', SHAPE, 'upstream', 'fp32', None
     )
     bad = bench.artifact_subject(FORMATS['onnx'], broken, SHAPE, 'full', 'fp32', None)
-    measured = bench.measure([good, bad], good.name, threads=1, schedule=QUICK)
-    assert list(measured.samples) == [good.name]
+    measured = artifacts.measure([good, bad], good.name, threads=1, schedule=QUICK)
+    assert list(measured.comparison.samples) == [good.name]
     assert 'broken.onnx cannot be opened in onnxruntime' in measured.failed[bad.name]
     with pytest.raises(BenchError, match='cannot be timed'):
-        bench.measure([good, bad], bad.name, threads=1, schedule=QUICK)
+        artifacts.measure([good, bad], bad.name, threads=1, schedule=QUICK)
 
 
 @pytest.mark.parametrize('mode', ['eager', 'eager channels_last'])
@@ -265,16 +272,22 @@ def test_pytorch_rows_run_the_plan_in_the_layout(
     monkeypatch.setattr(
         RepNeXt, 'forward', lambda self, x: seen.append((self, x)) or (x,), raising=True
     )
-    subjects = bench.torch_subjects(NETWORK, SHAPE, ['full'], [mode])
+    subjects = artifacts.torch_subjects(NETWORK, SHAPE, ['full'], [mode])
     assert [s.facts['plan'] for s in subjects] == ['upstream', 'full']
-    function, facts = bench.open_subject({**subjects[1].spec, 'threads': 1})
-    function()
-    [(model, image)] = seen
-    assert facts == {'runtime': 'torch', 'precision': 'f32'}
-    assert model.plan == 'full'
-    assert image.shape == SHAPE
+    for subject in subjects:
+        function, facts = artifacts.open_subject({**subject.spec, 'threads': 1})
+        function()
+        assert facts == {'runtime': 'torch', 'precision': 'f32'}
+    assert [model.plan for model, _ in seen] == ['upstream', 'full']
+    # The reference is what the published code computes.
+    assert [{m.fast for m in model.modules() if hasattr(m, 'fast')} for model, _ in seen] == [
+        {False},
+        {True},
+    ]
     last = 'channels_last' in mode
-    assert image.is_contiguous(memory_format=torch.channels_last) is last
+    for _, image in seen:
+        assert image.shape == SHAPE
+        assert image.is_contiguous(memory_format=torch.channels_last) is last
 
 
 # --- choosing a plan
@@ -286,7 +299,8 @@ def planted(**seconds: float) -> Measured:
     subjects = {plan: Subject(plan, 'w', {}, 'full', {'plan': plan}) for plan in seconds}
     floor = Floor(Ratio(1.0, 0.98, 1.02, 30))
     opened = {p: dict(runtime='r', precision='f32', load_s=1, first_s=1) for p in seconds}
-    return Measured(subjects, samples, {'full': floor}, opened, 'full', {}, LOAD, 1)
+    comparison = Comparison(dict.fromkeys(seconds, 'full'), samples, {'full': floor})
+    return Measured(subjects, comparison, opened, 'full', {}, LOAD, 1)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +442,7 @@ def test_a_folder_without_anything_to_run_is_told(tmp_path: Path) -> None:
 
 def test_people_see_the_fastest_first(capsys: pytest.CaptureFixture) -> None:
     measured = planted(full=1.0, upstream=0.5)
-    bench.show(measured, Console(file=sys.stdout, width=160))
+    artifacts.show(measured, Console(file=sys.stdout, width=160))
     output = capsys.readouterr().out
     assert output.index('upstream') < output.index('full ')
     assert '0.50 [0.50, 0.50]' in output

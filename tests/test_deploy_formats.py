@@ -23,9 +23,9 @@ from repnext_mm.deploy.exporters import Job, Preprocess
 from repnext_mm.deploy.formats import FORMATS
 from repnext_mm.deploy.pipeline import Export, Options
 from repnext_mm.deploy.report import Report
-from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.deploy.source import Source
 from repnext_mm.engine.quiet import muffled
+from repnext_mm.runtimes import open_artifact
 
 FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
 RUN_HERE = [name for name, row in FORMATS.items() if row.runtime]

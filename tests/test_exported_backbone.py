@@ -24,7 +24,7 @@ from torch import nn
 
 from repnext_mm import ExportedBackbone, reparameterize
 from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
-from repnext_mm.deploy.runtimes import METADATA_KEY, ArtifactError
+from repnext_mm.runtimes import METADATA_KEY, ArtifactError
 
 onnx = pytest.importorskip('onnx', reason='needs onnx, from the extra onnx')
 pytest.importorskip('onnxruntime', reason='needs onnxruntime, from the extra onnx')

@@ -31,9 +31,9 @@ from repnext_mm.deploy.errors import ParityError, UsageError
 from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
 from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
 from repnext_mm.deploy.quantizers import quantizer_for
-from repnext_mm.deploy.runtimes import open_artifact
 from repnext_mm.engine.cli import evaluate_main
 from repnext_mm.engine.quiet import muffled
+from repnext_mm.runtimes import open_artifact
 
 SIZE = (64, 64)
 

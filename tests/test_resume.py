@@ -19,7 +19,6 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
-from repnext_mm.atomic_files import AtomicLocalBackend
 from repnext_mm.checkpoints import RunCheckpoint
 from repnext_mm.engine.cli import evaluate_main, train_main
 from repnext_mm.engine.resume import (
@@ -27,6 +26,7 @@ from repnext_mm.engine.resume import (
     checkpoints_newest_first,
     read_resumable,
 )
+from repnext_mm.files import AtomicLocalBackend
 
 CONFIG = """
 _base_ = [{base!r}]

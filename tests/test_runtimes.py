@@ -25,7 +25,7 @@ from repnext_mm.deploy.exporters import (
     export_pth,
     export_torchscript,
 )
-from repnext_mm.deploy.runtimes import Artifact, ArtifactError, open_artifact
+from repnext_mm.runtimes import Artifact, ArtifactError, open_artifact
 
 onnx = pytest.importorskip('onnx', reason='needs the extra deploy: onnx')
 pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
@@ -301,8 +301,8 @@ def test_a_pth_of_another_kind(tmp_path: Path) -> None:
 SIGNALLED = """
 import gc, os, signal, sys
 import numpy as np
-from repnext_mm.deploy.openvino_core import kept_signal_stack
-from repnext_mm.deploy.runtimes import open_artifact
+from repnext_mm.runtimes.openvino import kept_signal_stack
+from repnext_mm.runtimes import open_artifact
 
 image = np.zeros((1, 3, 64, 96), np.float32)
 
@@ -352,7 +352,7 @@ def test_signals_after_openvino(artifacts: Path, cores: str) -> None:
 def test_importing_costs_no_runtime() -> None:
     """`import repnext_mm` and the module itself load neither onnxruntime nor openvino."""
     code = (
-        'import sys, repnext_mm, repnext_mm.deploy.runtimes as r\n'
+        'import sys, repnext_mm, repnext_mm.runtimes as r\n'
         'assert not {"onnx", "onnxruntime", "openvino"} & set(sys.modules)\n'
         'sys.modules["onnxruntime"] = None\n'
         'try: r.open_artifact(sys.argv[1])\n'

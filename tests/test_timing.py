@@ -21,8 +21,8 @@ from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from repnext_mm import timing
-from repnext_mm.timing import (
+from repnext_mm import measure
+from repnext_mm.measure import (
     CallRunner,
     Comparison,
     Deadline,
@@ -34,7 +34,7 @@ from repnext_mm.timing import (
     rounds,
     tables,
 )
-from repnext_mm.timing.profile import by_operator
+from repnext_mm.measure.operators import by_operator
 
 ONCE = Schedule(round_s=1e-9, warmup_window=2)
 
@@ -80,7 +80,9 @@ def noisy(seconds: float, spread: float, seed: int) -> Callable[[], float]:
 def compare_planted(machine: Machine, schedule: Schedule = ONCE, **seconds: Callable) -> Comparison:
     runners = {name: machine.runner(name, s) for name, s in seconds.items()}
     twin = machine.runner('twin', next(iter(seconds.values())))
-    return timing.compare(runners, twin, schedule, Deadline(schedule.budget_s, machine))
+    twins = {next(iter(runners)): twin}
+    deadline = Deadline(schedule.budget_s, machine)
+    return measure.compare(runners, twins, None, schedule, deadline)
 
 
 # --- ratios, floor, verdicts
@@ -106,8 +108,12 @@ def test_a_function_that_runs_twice_as_long_is_found(monkeypatch: pytest.MonkeyP
 
     schedule = Schedule(rounds=8, warmup_cap_s=0.1)
     deadline = Deadline(schedule.budget_s, machine)
-    result = timing.compare(
-        {'4 ms': function(4e-3), '8 ms': function(8e-3)}, function(4e-3), schedule, deadline
+    result = measure.compare(
+        {'4 ms': function(4e-3), '8 ms': function(8e-3)},
+        {'4 ms': function(4e-3)},
+        None,
+        schedule,
+        deadline,
     )
     assert result.ratio('8 ms').value == pytest.approx(2)
     assert result.verdict('8 ms') == 'slower'
@@ -117,9 +123,9 @@ def test_a_difference_below_the_noise_floor_is_none() -> None:
     result = compare_planted(
         Machine(), a=noisy(1.0, 0.05, seed=1), same=noisy(1.0, 0.05, 2), more=noisy(1.005, 0.05, 3)
     )
-    assert result.floor.contains(1.0)
-    assert result.floor.contains(result.floor.ratio.value)
-    assert result.floor.limit > 1.01
+    assert result.floors['a'].contains(1.0)
+    assert result.floors['a'].contains(result.floors['a'].ratio.value)
+    assert result.floors['a'].limit > 1.01
     assert result.verdict('same') == result.verdict('more') == 'no measurable difference'
 
 
@@ -149,7 +155,7 @@ def test_intervals_cover_the_true_ratio(rounds: int) -> None:
         reference = Samples([[float(x)] for x in rng.normal(1.0, 0.05, rounds)])
         ratios = 2.0 * np.exp(rng.normal(0, 0.1, rounds))  # their median is 2
         variant = Samples([[r[0] * x] for r, x in zip(reference.rounds, ratios)])
-        ratio = timing.paired_ratio(variant, reference)
+        ratio = measure.paired_ratio(variant, reference)
         assert ratio.low <= ratio.value <= ratio.high
         covered += ratio.low <= 2.0 <= ratio.high
     assert 0.87 * 150 < covered < 150  # and is not wider than it must be
@@ -157,7 +163,7 @@ def test_intervals_cover_the_true_ratio(rounds: int) -> None:
 
 def test_few_rounds_give_their_range_and_say_how_much_it_covers() -> None:
     reference = Samples([[1.0], [1.0], [1.0]])
-    ratio = timing.paired_ratio(Samples([[3.0], [2.0], [2.5]]), reference)
+    ratio = measure.paired_ratio(Samples([[3.0], [2.0], [2.5]]), reference)
     assert (ratio.value, ratio.low, ratio.high) == (2.5, 2.0, 3.0)
     assert ratio.confidence == 0.75
 
@@ -182,7 +188,7 @@ def test_runs_that_lead_in_do_not_count() -> None:
         schedule = replace(ONCE, lead_in=lead_in, round_s=2.0)
         warm = {'a': Samples(warm_s=1.0), 'b': Samples(warm_s=1.0)}
         runners = {name: machine.runner(name, slow_start(name)) for name in warm}
-        samples = timing.interleave(runners, schedule, warm)
+        samples = measure.interleave(runners, schedule, warm)
         assert samples['a'].medians == [expected] * schedule.rounds
 
 
@@ -190,7 +196,7 @@ def test_rounds_go_forwards_and_backwards_in_turn() -> None:
     machine = Machine()
     runners = {name: machine.runner(name, constant(1.0)) for name in 'ABC'}
     warm = {name: Samples(warm_s=1.0) for name in runners}
-    samples = timing.interleave(runners, Schedule(rounds=4), warm)
+    samples = measure.interleave(runners, Schedule(rounds=4), warm)
     assert ''.join(machine.turns) == 'ABC' + 'CBA' + 'ABC' + 'CBA'
     assert [len(s.rounds) for s in samples.values()] == [4, 4, 4]
 
@@ -202,8 +208,8 @@ def test_a_turn_is_long_enough_for_the_clock() -> None:
         'slow': machine.runner('slow', constant(1.0)),
     }
     schedule = Schedule(rounds=2, round_s=9.5e-3)
-    warm = timing.warm_up(runners, schedule)
-    samples = timing.interleave(runners, schedule, warm)
+    warm = measure.warm_up(runners, schedule)
+    samples = measure.interleave(runners, schedule, warm)
     assert [len(runs) for runs in samples['quick'].rounds] == [10, 10]
     assert [len(runs) for runs in samples['slow'].rounds] == [1, 1]
 
@@ -214,7 +220,7 @@ def test_the_budget_bounds_everything() -> None:
     result = compare_planted(machine, schedule, a=noisy(1.0, 0.2, 0), b=noisy(1.0, 0.2, 1))
     assert 80 < machine.now <= 100
     assert len(result.samples['b'].rounds) >= 14
-    assert result.floor.ratio.rounds >= 14
+    assert result.floors['a'].ratio.rounds >= 14
     # Two rounds there are, however little time.
     result = compare_planted(Machine(), Schedule(budget_s=0.1), a=constant(1.0), b=constant(1.0))
     assert result.ratio('b').rounds == 2
@@ -230,7 +236,7 @@ def test_warm_up_ends_when_times_stand_still_or_at_its_cap() -> None:
         'falls': machine.runner('falls', cooling(0.1)),
         'restless': machine.runner('restless', noisy(1.0, 0.5, seed=0)),
     }
-    warm = timing.warm_up(runners, Schedule(warmup_cap_s=100.0), Deadline(None, machine))
+    warm = measure.warm_up(runners, Schedule(warmup_cap_s=100.0), Deadline(None, machine))
     assert warm['falls'].settled
     assert warm['falls'].first_s == 3.0
     assert machine.turns.count('falls') == 1 + 19 + 10  # first run, the fall, a steady window
@@ -286,12 +292,14 @@ def test_saved_bytes_are_exact_for_modules_that_one_can_count() -> None:
     x = torch.randn(3, 4)
     known = [*model.parameters(), x]
     # The ReLU keeps its output, which the second layer keeps too: one storage of (3, 8) floats.
-    assert timing.saved_bytes(lambda: model(x), known) == 3 * 8 * 4
-    assert timing.saved_bytes(lambda: model(x), list(model.parameters())) == 3 * (4 + 8) * 4
+    assert measure.saved_bytes(lambda: model(x), known) == 3 * 8 * 4
+    assert measure.saved_bytes(lambda: model(x), list(model.parameters())) == 3 * (4 + 8) * 4
     # A GELU keeps its input besides, and what it gives is kept by the next layer.
     model[1] = nn.GELU()
-    assert timing.saved_bytes(lambda: model(x), known) == 2 * 3 * 8 * 4
-    assert timing.step_memory(lambda: model(x), lambda: None, model, x.device, [x]) == 2 * 3 * 8 * 4
+    assert measure.saved_bytes(lambda: model(x), known) == 2 * 3 * 8 * 4
+    assert (
+        measure.step_memory(lambda: model(x), lambda: None, model, x.device, [x]) == 2 * 3 * 8 * 4
+    )
 
 
 def test_views_count_once_and_whole() -> None:
@@ -301,22 +309,22 @@ def test_views_count_once_and_whole() -> None:
         y = x + 1
         return (y[:1] * y[1:2]).sum() + (y.t() * y.t()).sum()
 
-    assert timing.saved_bytes(function, [x]) == 6 * 4 * 4
+    assert measure.saved_bytes(function, [x]) == 6 * 4 * 4
 
 
 def test_what_is_recomputed_is_not_kept() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Linear(64, 4), nn.Sigmoid())
     x = torch.randn(3, 4, requires_grad=True)
     known = [*model.parameters(), x]
-    assert timing.saved_bytes(lambda: model(x), known) == 3 * (64 + 64 + 4) * 4
-    assert timing.saved_bytes(lambda: checkpoint(model, x, use_reentrant=False), known) == 0
+    assert measure.saved_bytes(lambda: model(x), known) == 3 * (64 + 64 + 4) * 4
+    assert measure.saved_bytes(lambda: checkpoint(model, x, use_reentrant=False), known) == 0
 
 
 # --- environment
 
 
 def test_the_environment_is_json_and_names_what_matters() -> None:
-    facts = timing.describe(['rich', 'no-such-package'])
+    facts = measure.describe(['rich', 'no-such-package'])
     assert json.loads(json.dumps(facts)) == facts
     assert facts['versions']['torch'] == torch.__version__.partition('+')[0]
     assert facts['versions']['mmengine']
@@ -325,7 +333,7 @@ def test_the_environment_is_json_and_names_what_matters() -> None:
     assert facts['cores'] == len(environment.cores())
     assert set(facts['isa']) <= set(environment.ISA_FLAGS)
     assert facts['torch_isa'] == torch.backends.cpu.get_cpu_capability()
-    line = timing.summary(facts)
+    line = measure.summary(facts)
     assert facts['cpu'] in line
     assert f'torch {facts["versions"]["torch"]}' in line
     assert 'no-such-package' not in line
@@ -364,7 +372,7 @@ def test_others_work_takes_the_headline(
     monkeypatch.setattr(environment, 'time', clock)
     monkeypatch.setattr(environment, '_busy_seconds', iter([100.0, 100.0 + busy]).__next__)
     monkeypatch.setattr(environment, '_own_seconds', iter([50.0, 50.0 + own]).__next__)
-    report = timing.LoadWatch().report()
+    report = measure.LoadWatch().report()
     assert report['headline'] is headline
     assert report['others_per_core'] == round((busy - own) / 5 / 2, 3)
     assert (report['reason'] is None) == headline
@@ -377,7 +385,7 @@ def test_where_the_kernel_does_not_tell_the_load_decides(
     monkeypatch.setattr(environment, 'load_average', lambda: load)
     monkeypatch.setattr(environment.os, 'cpu_count', lambda: 2)
     monkeypatch.setattr(environment, '_busy_seconds', lambda: None)
-    assert timing.LoadWatch().report()['headline'] is headline
+    assert measure.LoadWatch().report()['headline'] is headline
 
 
 @pytest.mark.skipif(

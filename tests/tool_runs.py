@@ -23,7 +23,7 @@ from conftest import REPO, forget_runs
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from repnext_mm import atomic_files
+from repnext_mm import files
 from repnext_mm.datasets import shapes
 
 CONFIGS = {
@@ -153,7 +153,7 @@ class Probe(Hook):
     def __init__(self, path: str, dies_writing: str | None = None) -> None:
         self.path = path
         if dies_writing is not None:
-            atomic_files.open = functools.partial(_open, dies_writing)
+            files.open = functools.partial(_open, dies_writing)
 
     def _write(self, **record: Any) -> None:
         with open(self.path, 'a') as file:

@@ -3,7 +3,7 @@
 
 import sys
 
-from repnext_mm.benchmark_cli import main
+from repnext_mm.measure.cli import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from ..layers.blocks import Stage
 from ..layers.execution import is_channels_last, is_exporting, set_execution
 from ..network import FusionReport, Network, Plan, deploy_plan
 from ..reparam import fuse
+from ..text import closest
 
 NUM_STAGES = 4
 NORM_TYPES = ('BN', 'BN2d', 'SyncBN')
@@ -213,8 +213,8 @@ class PyramidBackbone(BaseModule, Network):
         if isinstance(arch, str):
             if arch in cls.arch_zoo:
                 return cls.arch_keys | cls.arch_zoo[arch]
-            close = difflib.get_close_matches(arch.lower(), cls.arch_zoo, 1)
-            hint = f' Did you mean {close[0]!r}?' if close else ''
+            close = closest(arch.lower(), cls.arch_zoo)
+            hint = f' Did you mean {close!r}?' if close else ''
             raise ValueError(
                 f'arch={arch!r} is not a {cls.__name__}; choose one of '
                 f'{", ".join(cls.arch_zoo)}, or give a dict.{hint}'

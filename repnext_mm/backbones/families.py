@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
+from ..text import closest
 from .base import PyramidBackbone
 from .inception_next import InceptionNeXt
 from .recnext import RecNeXt
@@ -36,8 +36,8 @@ def look_up(name: str) -> tuple[type[PyramidBackbone], str]:
     known = names()
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f'Did you mean {close[0]!r}?' if close else f'Choose one of {", ".join(known)}.'
+    close = closest(name, known)
+    hint = f'Did you mean {close!r}?' if close else f'Choose one of {", ".join(known)}.'
     raise ValueError(f'{name!r} is no network of this package. {hint}')
 
 

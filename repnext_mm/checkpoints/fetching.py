@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from urllib.request import url2pathname
 import torch
 from filelock import FileLock
 
+from ..text import closest
 from .errors import CheckpointError
 from .published import HUB, PUBLISHED, find_published, names_for, strip_suffix
 from .reading import File, check_crc, read_weights
@@ -64,8 +64,7 @@ def _not_found(text: str, path: Path) -> str:
     if name != path.name or len(path.parts) > 1:
         hint = f'; checkpoint={name!r} downloads it' if name in PUBLISHED else ''
         return f'there is no file {str(path.absolute())!r}{hint}.'
-    close = difflib.get_close_matches(text.lower(), PUBLISHED, 1, cutoff=0)
-    likely = PUBLISHED[close[0]]
+    likely = PUBLISHED[closest(text.lower(), PUBLISHED, cutoff=0) or '']
     return (
         f'checkpoint={text!r} is neither a published name nor a file; '
         f'did you mean {likely.name!r}? '

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..configs import is_config_name
+from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from .errors import UsageError
 from .exporters import Preprocess
 
@@ -22,7 +23,7 @@ from .exporters import Preprocess
 MIN_IMAGES, ENOUGH_IMAGES = 16, 128
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 #: What most configs of mm do to an image, which they load as BGR.
-IMAGENET = Preprocess(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), swap=True)
+IMAGENET = Preprocess(mean=IMAGENET_MEAN, std=IMAGENET_STD, swap=True)
 #: For an artifact that normalises by itself.
 RAW = Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), swap=False)
 #: Correlation of neighbouring pixels: above 0.8 in photographs and drawings, 0 in noise.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from ..runtimes import ArtifactError, open_artifact
 from .errors import ParityError
 from .formats import FORMATS
 from .parity import Golden, Tolerance, check_artifact
 from .report import Record, Report, digest
-from .runtimes import ArtifactError, open_artifact
 
 
 def check_folder(report: Report, log: Console) -> None:

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from ..configs import is_config_name
 from ..engine.errors import run_tool
+from ..measure import artifacts, tables
+from ..measure.rounds import Schedule
 from ..network import PLANS
 from ..program import command, program
-from ..timing import tables
-from ..timing.rounds import Schedule
+from ..text import parse_size
 from . import bench
 from .calibration import ENOUGH_IMAGES
 from .check import check_folder
@@ -169,15 +170,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
-    sizes = []
-    for part in text.lower().split(','):
-        sides = part.split('x')
-        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-            raise argparse.ArgumentTypeError(
-                f'{text!r} is not a size; give 512, HxW as 800x1344, or several with commas'
-            )
-        sizes.append((int(sides[0]), int(sides[-1])))
-    return sizes
+    try:
+        return [parse_size(part) for part in text.split(',')]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a size; give 512, HxW as 800x1344, or several with commas'
+        ) from None
 
 
 def _indices(text: str) -> tuple[int, ...]:
@@ -295,11 +293,11 @@ def _time(args: argparse.Namespace, report: Report, log: Console) -> None:
         schedule=_schedule(args),
         log=log,
     ):
-        bench.show(measured, log)
+        artifacts.show(measured, log)
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
-    return replace(bench.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
+    return replace(artifacts.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
 
 
 def _explain(args: argparse.Namespace) -> None:

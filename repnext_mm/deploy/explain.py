@@ -16,10 +16,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..timing.profile import by_operator
-from .openvino_core import openvino_core
-from .parity import noise
-from .runtimes import ONNXArtifact, OpenVINOArtifact, open_artifact
+from ..measure.operators import by_operator
+from ..reparam.verify import noise
+from ..runtimes import open_artifact
+from ..runtimes.onnx import ONNXArtifact
+from ..runtimes.openvino import OpenVINOArtifact, openvino_core
 
 #: Kinds of operators by what their names contain, in any runtime; the first that fits.
 KINDS = (

@@ -23,8 +23,8 @@ from torch.torch_version import TorchVersion
 
 from ..backbones.recnext import LinearAttention
 from ..engine.quiet import muffled
+from ..runtimes import METADATA_KEY
 from .errors import DependencyError
-from .runtimes import METADATA_KEY
 
 INPUT = 'image'
 #: What torch.onnx writes and ONNX Runtime takes; below 18 it converts, and that fails for some.

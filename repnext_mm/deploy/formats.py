@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import shlex
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ..text import closest
 from . import exporters, inspection
 from .errors import DependencyError, UsageError
 from .exporters import Job
@@ -208,8 +208,8 @@ def choose_formats(text: str) -> list[Format]:
         elif name in FORMATS:
             chosen[name] = FORMATS[name]
         else:
-            close = difflib.get_close_matches(name.lower(), [*FORMATS, 'all'], 1)
-            hint = f' Did you mean {close[0]!r}?' if close else ''
+            close = closest(name.lower(), [*FORMATS, 'all'])
+            hint = f' Did you mean {close!r}?' if close else ''
             raise UsageError(
                 f'unknown format {name!r}.{hint} Formats: {", ".join(FORMATS)}, or all.'
             )

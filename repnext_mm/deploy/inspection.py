@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import read_weights
-from .openvino_core import openvino_core
+from ..runtimes.openvino import openvino_core
 
 
 def operations_pth(path: Path) -> Counter[str]:

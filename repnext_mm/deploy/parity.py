@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .runtimes import Artifact
+from ..runtimes import Artifact
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,6 @@ class Golden:
         with np.load(path, allow_pickle=False) as data:
             arrays = dict(data)
         return cls(arrays.pop('image'), arrays)
-
-
-def noise(shape: Sequence[int], seed: int = 0) -> Tensor:
-    """Images of standard normal noise, as a data preprocessor's output is on average."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,8 +20,11 @@ from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
 from ..network import FusionReport, Plan
+from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from ..reparam import prove, reparameterize
 from ..reparam.fusion import INEXACT
+from ..reparam.verify import noise
+from ..runtimes import ArtifactError, open_artifact
 from ..version import __version__
 from .bench import choose_plan
 from .calibration import ENOUGH_IMAGES, RAW, calibration_images
@@ -44,12 +46,10 @@ from .parity import (
     Tolerance,
     check_artifact,
     golden,
-    noise,
     other_shapes,
 )
 from .quantize import GATE_DB, HELD_OUT, TaskMetric, quantize
 from .report import JSON_NAME, Record, Report, digest, size_of
-from .runtimes import ArtifactError, open_artifact
 from .source import Source
 
 REJECTED = 'rejected'
@@ -61,9 +61,6 @@ WHY: dict[Plan, str] = {
     'upstream': 'as the published code fuses; each block keeps a BatchNorm',
     'single': 'one depthwise convolution per token mixer',
 }
-#: Of images with values from 0 to 255, as in mm's configs.
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -402,7 +399,7 @@ class Export:
         name = job.metadata['golden']
         with disk_errors(self.folder):
             items[0].save(partial / name)
-            os.replace(partial / name, self.folder / name)
+            place(partial / name, self.folder / name)
         return items
 
     def _image(self, job: Job, shape: tuple[int, int, int, int]) -> torch.Tensor:

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..engine.errors import PACKAGE
-from ..timing.environment import isa_flags
+from ..measure.environment import isa_flags
+from ..runtimes import open_artifact
 from .calibration import ENOUGH_IMAGES, check_count, check_pictures
 from .errors import ParityError, UsageError
 from .quantizers import CALIBRATORS, Quantizer, quantizer_for
-from .runtimes import open_artifact
 
 #: Of the images, so many are not calibrated on but compared on.
 HELD_OUT = 8

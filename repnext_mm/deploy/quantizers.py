@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..engine.quiet import muffled
+from ..runtimes import METADATA_KEY
+from ..runtimes.openvino import kept_signal_stack, openvino_core
 from .errors import DependencyError, UsageError
-from .openvino_core import kept_signal_stack, openvino_core
-from .runtimes import METADATA_KEY
 
 CALIBRATORS = ('minmax', 'percentile', 'entropy')
 PERCENTILE = 99.99

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..timing import environment
+from ..files import write_text
+from ..measure import environment
 from .errors import UsageError
 
 SCHEMA_VERSION = 1
@@ -210,16 +210,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     """Lines of a Markdown table."""
     lines = [header, ['---'] * len(header), *rows]
     return [f'| {" | ".join(line)} |' for line in lines]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f'.partial-{os.getpid()}-{path.name}')
-    try:
-        part.write_text(text, 'utf-8')
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

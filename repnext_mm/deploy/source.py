@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..checkpoints.matching import find_fit
 from ..checkpoints.reading import Weights
 from ..configs import is_config_name
 from ..engine.errors import UserError
+from ..text import closest
 from .errors import ModelError
 
 #: Every name that MODEL may be, with its family and arch.
@@ -99,8 +99,8 @@ def _build_source(
     if name.endswith(WEIGHT_SUFFIXES) and alone:
         weights = read_weights(fetch(name))
         return _from_weights(weights, out_indices), weights
-    close = difflib.get_close_matches(name.lower(), NAMES, 1)
-    hint = f' Did you mean {close[0]!r}?' if close else ''
+    close = closest(name.lower(), NAMES)
+    hint = f' Did you mean {close!r}?' if close else ''
     raise ModelError(
         f'there is no model {name!r}.{hint} Give a config (.py), a weight file, or one of '
         f'{", ".join(NAMES)}.'

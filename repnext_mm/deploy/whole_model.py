@@ -20,16 +20,16 @@ from ..engine.cli import import_framework
 from ..engine.config_file import load_config
 from ..engine.errors import UserError
 from ..engine.resume import require_fit
+from ..measure.artifacts import SCHEDULE
+from ..measure.rounds import CallRunner, Schedule, compare
+from ..measure.tables import record
 from ..network import Network, Plan, check_plan
 from ..reparam import reparameterize
-from ..timing.rounds import CallRunner, Schedule, compare
-from ..timing.tables import record
+from ..reparam.verify import noise
+from ..runtimes import METADATA_KEY
 from ..version import __version__
-from .bench import SCHEDULE
 from .errors import ModelError, UsageError
 from .folders import disk_errors, make_folder, partial_folder, place
-from .parity import noise
-from .runtimes import METADATA_KEY
 
 
 def save_whole_model(
@@ -139,7 +139,7 @@ def time_whole_model(
         fused: Checkpoint and config that it returned.
 
     Returns:
-        A comparison, times in ms, as `repnext_mm.timing.tables.show` takes it.
+        A comparison, times in ms, as `repnext_mm.measure.tables.show` prints it.
     """
     models = {
         'trained': _load(load_config(str(trained[0]), {}, None, 'none'), str(trained[1]))[0],
@@ -160,7 +160,8 @@ def time_whole_model(
     torch.set_num_threads(threads or before)
     try:
         runners = {name: predict(model) for name, model in models.items()}
-        return record(compare(runners, predict(copy.deepcopy(models['trained'])), schedule))
+        twins = {'trained': predict(copy.deepcopy(models['trained']))}
+        return record(compare(runners, twins, schedule=schedule))
     finally:
         torch.set_num_threads(before)
 

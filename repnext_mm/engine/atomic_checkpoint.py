@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: whole under their name, or not there at all."""
+"""Checkpoints that survive a kill at any moment: complete under their name, or not there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..atomic_files import BACKEND, TEMPORARY_SUFFIX
+from ..files import BACKEND, TEMPORARY_SUFFIX
 
 
 @HOOKS.register_module(force=True)  # replaces its stand-in of `lazy`
@@ -18,7 +18,7 @@ class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, safe against a kill in the middle of its work.
 
     It writes through `AtomicLocalBackend`, removes an outdated checkpoint only after its successor
-    is whole, and at the start of training clears away what a killed run left half-written.
+    is complete, and at the start of training removes what a killed run left half-written.
     """
 
     def __init__(self, *args: Any, backend_args: dict | None = None, **kwargs: Any) -> None:

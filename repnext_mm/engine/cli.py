@@ -21,7 +21,6 @@ from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..checkpoints.runs import passed_on
-from ..deploy.exported_backbone import introduce, put_in_place
 from ..operators import explain as explain_operators
 from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
@@ -29,6 +28,7 @@ from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
+from .exported_backbone import introduce, put_in_place
 from .quiet import announce, quiet_log
 from .rescue import keep_results
 from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
 from ..configs import config_names, look_up
+from ..text import closest
 from .errors import UserError
 
 SPLITS = ('train', 'val', 'test')
@@ -58,11 +58,9 @@ def find_config(name: str) -> Path:
     known |= {
         p.stem: str(p) for p in sorted([*Path('configs').glob('*.py'), *path.parent.glob('*.py')])
     }
-    close = difflib.get_close_matches(path.stem, known, 1, cutoff=0.4)
+    close = closest(path.stem, known, cutoff=0.4)
     hint = (
-        f'did you mean {known[close[0]]}?'
-        if close
-        else '`repnext-mm models` lists those there are.'
+        f'did you mean {known[close]}?' if close else '`repnext-mm models` lists those there are.'
     )
     raise UserError(f'there is no config {name} (looked in {path.absolute()}); {hint}')
 

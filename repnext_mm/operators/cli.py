@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import os
 import sys
-import tempfile
 from pathlib import Path
 
+from ..files import write_text
 from ..program import program
 from .installation import LITE, ONE_LINE, Mmcv, describe
 
@@ -89,7 +88,7 @@ def _install() -> None:
             f'{mmcv.ext} was not written by this command: move it away, and run this again.'
         )
     try:
-        _write(mmcv.ext)
+        write_text(mmcv.ext, ONE_LINE)
     except OSError as error:
         raise _Refusal(_not_allowed('write', mmcv.ext, error)) from error
     print(
@@ -97,21 +96,6 @@ def _install() -> None:
         'torchvision; `repnext-mm operators --remove` takes it back, also before you uninstall '
         'mmcv-lite.'
     )
-
-
-def _write(path: Path) -> None:
-    """Write the line under another name first, so that no reader sees half of it."""
-    with tempfile.NamedTemporaryFile(
-        'w', dir=path.parent, prefix='.repnext_mm-', encoding='utf-8', newline='\n', delete=False
-    ) as file:
-        temporary = Path(file.name)
-        file.write(ONE_LINE)
-    try:
-        temporary.chmod(0o644)  # as pip's files, not for its owner only
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink()
-        raise
 
 
 def _remove() -> None:

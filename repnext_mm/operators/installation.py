@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from .finder import EXT
-
+#: The compiled module of mmcv.
+EXT = 'mmcv._ext'
 LITE = 'mmcv-lite==2.1.0'
 #: Distributions that install the package mmcv.
 DISTRIBUTIONS = ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv')

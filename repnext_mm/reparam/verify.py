@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ class StageError:
     max_rel: float
 
 
+def noise(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Images of standard normal noise, as a data preprocessor's output is on average."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 @torch.no_grad()
 def prove(
     reference: nn.Module, other: nn.Module, size: tuple[int, int] = (512, 512), seed: int = 0
@@ -32,8 +38,7 @@ def prove(
     """
     if reference.training or other.training:
         raise ValueError('both models must be in eval mode; call .eval() on them first.')
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(1, 3, *size, generator=generator, dtype=torch.float64)
+    image = noise((1, 3, *size), seed, torch.float64)
     device = next(reference.parameters()).device
     expected, actual = (
         copy.deepcopy(m).to(device).double()(image.to(device)) for m in (reference, other)

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'train': ('repnext_mm.engine.cli:train_main', 'train a detector or a segmentor'),
     'test': ('repnext_mm.engine.cli:evaluate_main', 'evaluate a checkpoint'),
     'deploy': ('repnext_mm.deploy.cli:deploy_main', 'fuse, export and prove a backbone'),
-    'benchmark': ('repnext_mm.benchmark_cli:main', 'time training, inference or layers'),
+    'benchmark': ('repnext_mm.measure.cli:main', 'time training, inference or layers'),
     'models': ('repnext_mm.model_list:main', 'list networks and configs with published figures'),
     'doctor': ('repnext_mm_cli.doctor:main', 'check that the installed packages fit each other'),
     'demo': ('repnext_mm.demo:demo_main', 'train and evaluate on generated sample data'),

@@ -14,7 +14,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .runtimes import Artifact, ArtifactError, open_artifact, shown_shape
+from ..runtimes import Artifact, ArtifactError, open_artifact, shown_shape
 
 TRIAL = 128  # pixels: a multiple of every stride
 

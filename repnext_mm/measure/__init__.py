@@ -1,4 +1,4 @@
-"""Timing that can be believed: interleaved rounds, a noise floor, intervals, the environment."""
+"""Measuring: interleaved timing with a noise floor, memory, operators, the environment."""
 
 from .environment import LoadWatch, describe, summary
 from .memory import peak_bytes, saved_bytes, step_memory

@@ -1,6 +1,6 @@
 """A process that times what it is told to, so that no runtime's threads disturb another's.
 
-It reads one JSON object per line and answers each with one; `python -m repnext_mm.deploy.worker`.
+It reads one JSON object per line and answers each with one; `python -m repnext_mm.measure.worker`.
 `{"open": name, "spec": {...}}` answers with `load_s`, `first_s`, `runtime` and `precision`;
 `{"run": name, "n": 3}` with `seconds`; an error answers with `error` and ends nothing.
 """
@@ -36,7 +36,7 @@ def serve(requests: TextIO, answers: TextIO, cores: list[int] | None) -> None:
 
 
 def _open(subjects: dict[str, Callable[[], Any]], name: str, spec: Record) -> Record:
-    from .bench import open_subject  # which imports torch: only once the cores are chosen
+    from .artifacts import open_subject  # which imports torch: only once the cores are chosen
 
     start = time.perf_counter()
     function, facts = open_subject(spec)
@@ -47,7 +47,7 @@ def _open(subjects: dict[str, Callable[[], Any]], name: str, spec: Record) -> Re
 
 
 def _run(function: Callable[[], Any], n: int) -> list[float]:
-    from ..timing import CallRunner
+    from .rounds import CallRunner
 
     function()  # not counted: the caches hold another process's data
     return CallRunner(function).run(n)

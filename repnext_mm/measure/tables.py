@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .rounds import Comparison, Ratio
+from ..files import write_text
+from .rounds import PERCENTILE_FLOORS, Comparison, Ratio, Samples
 
 Record = dict[str, Any]
 
@@ -28,56 +27,65 @@ def interval(ratio: Ratio) -> Record:
     }
 
 
+def milliseconds(samples: Samples) -> Record:
+    """Percentiles of the runs in ms by name, None where there are too few runs to say."""
+    seconds = {f'p{p}': samples.percentile(p) for p in PERCENTILE_FLOORS}
+    return {name: None if s is None else 1e3 * s for name, s in seconds.items()}
+
+
+def row(comparison: Comparison, name: str) -> Record:
+    """What timing one variant found, as JSON values: times in ms, `ratio` in its reference's."""
+    samples = comparison.samples[name]
+    return {
+        'variant': name,
+        **interval(comparison.ratio(name)),
+        'verdict': comparison.verdict(name),
+        **{f'{key}_ms': ms for key, ms in milliseconds(samples).items()},
+        'runs': len(samples.runs),
+        'noise': samples.noise,
+        'settled': samples.settled,
+        'first_run_ms': 1e3 * samples.first_s,
+    }
+
+
 def record(comparison: Comparison, more: Mapping[str, Record] | None = None) -> Record:
-    """A comparison as JSON values: `floor` and `rows`, the reference first, times in ms.
+    """A comparison with one reference as JSON values: `floor` and `rows`, the reference first.
 
-    `ratio` is time in units of the reference's. `more` adds entries to the row of that name.
+    `more` adds entries to the row of that name.
     """
-    rows = []
-    for name, samples in comparison.samples.items():
-        rows.append(
-            {
-                'variant': name,
-                **interval(comparison.ratio(name)),
-                'verdict': comparison.verdict(name),
-                'p50_ms': _ms(samples.percentile(50)),
-                'p90_ms': _ms(samples.percentile(90)),
-                'p99_ms': _ms(samples.percentile(99)),
-                'runs': len(samples.runs),
-                'noise': samples.noise,
-                'settled': samples.settled,
-                'first_run_ms': _ms(samples.first_s),
-                **(more or {}).get(name, {}),
-            }
-        )
-    floor = {**interval(comparison.floor.ratio), 'limit': comparison.floor.limit}
-    return {'reference': comparison.reference, 'floor': floor, 'rows': rows}
+    [(reference, floor)] = comparison.floors.items()
+    return {
+        'reference': reference,
+        'floor': {**interval(floor.ratio), 'limit': floor.limit},
+        'rows': [{**row(comparison, n), **(more or {}).get(n, {})} for n in comparison.samples],
+    }
 
 
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
+def timing_table(columns: Sequence[tuple[str, Sequence[str]]], title: str | None = None) -> Table:
+    """A table of timings for people, by header; words to the left, figures to the right."""
+    table = Table(title=title, title_justify='left', box=SIMPLE)
+    for header, _ in columns:
+        words = header in ('', 'variant', 'precision')
+        table.add_column(header, justify='left' if words else 'right')
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*cells)
+    return table
 
 
 def show(comparison: Record, title: str, console: Console) -> None:
     """Print what `record` made."""
-    memory = any(row.get('memory_bytes') is not None for row in comparison['rows'])
-    headers = ['variant', 'ms', 'p90', 'time / reference', 'speed-up', *['memory'] * memory, '']
-    table = Table(title=title, title_justify='left', box=SIMPLE)
-    for header in headers:
-        table.add_column(header, justify='left' if header in ('variant', '') else 'right')
-    base = comparison['rows'][0].get('memory_bytes')
-    for row in comparison['rows']:
-        cells = [
-            row['variant'],
-            _number(row['p50_ms']),
-            _number(row['p90_ms']),
-            ratio_text(row),
-            f'{1 / row["ratio"]:.2f}x',
-        ]
-        if memory:
-            cells.append(_memory(row.get('memory_bytes'), base))
-        table.add_row(*cells, '; '.join(remarks(row)))
-    console.print(table)
+    rows = comparison['rows']
+    memory = [_memory(r.get('memory_bytes'), rows[0].get('memory_bytes')) for r in rows]
+    columns = [
+        ('variant', [r['variant'] for r in rows]),
+        ('ms', [_number(r['p50_ms']) for r in rows]),
+        ('p90', [_number(r['p90_ms']) for r in rows]),
+        ('time / reference', [ratio_text(r) for r in rows]),
+        ('speed-up', [f'{1 / r["ratio"]:.2f}x' for r in rows]),
+        *([('memory', memory)] if set(memory) != {'-'} else []),
+        ('', ['; '.join(remarks(r)) for r in rows]),
+    ]
+    console.print(timing_table(columns, title))
     floor = comparison['floor']
     console.print(
         f'Noise floor: the reference against itself took {ratio_text(floor)} of its time in '
@@ -139,14 +147,5 @@ def show_operators(entries: Sequence[Record], title: str, console: Console, top:
 
 
 def write_json(result: Record, path: Path) -> None:
-    """Write all of the file or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'w') as file:
-            json.dump(result, file, indent=1)
-            file.write('\n')
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Write a result, completely or not at all."""
+    write_text(path, json.dumps(result, indent=1) + '\n')

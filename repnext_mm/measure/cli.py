@@ -1,4 +1,4 @@
-"""What `repnext-mm benchmark` does: the command line of `repnext_mm.benchmark`."""
+"""What `repnext-mm benchmark` does: the command line of `repnext_mm.measure.networks`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import benchmark
-from .engine.errors import UserError, run_tool
-from .program import program
-from .timing import Schedule, summary
-from .timing.tables import Record, show, show_operators, write_json
+from ..engine.errors import UserError, run_tool
+from ..program import program
+from ..text import parse_size
+from . import networks
+from .environment import summary
+from .rounds import Schedule
+from .tables import Record, show, show_operators, write_json
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -23,7 +25,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description='Time training steps, inference or layers against the published form.',
     )
     commands = parser.add_subparsers(dest='command', required=True)
-    for name, function in benchmark.COMMANDS.items():
+    for name, function in networks.COMMANDS.items():
         title = str(function.__doc__)
         add_arguments(
             name,
@@ -43,8 +45,8 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         command.add_argument(
             'layers',
             nargs='*',
-            default=list(benchmark.LAYERS),
-            help=f'out of {", ".join(benchmark.LAYERS)}',
+            default=list(networks.LAYERS),
+            help=f'out of {", ".join(networks.LAYERS)}',
         )
         command.add_argument('--channels', type=int, default=64, help='channels of the input')
     else:
@@ -57,7 +59,7 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     command.add_argument('--batch', type=int, default=batch, help='images')
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     command.add_argument(
-        '--dtype', choices=benchmark.DTYPES, default='float32', help='other than float32: autocast'
+        '--dtype', choices=networks.DTYPES, default='float32', help='other than float32: autocast'
     )
     command.add_argument(
         '--variants',
@@ -87,12 +89,12 @@ def measure(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.json not in (None, '-') and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f'--json {args.json}: its folder does not exist; make it first.')
-    result = benchmark.run(
+    result = networks.run(
         args.command,
         args.layers if args.command == 'layers' else [args.arch],
         args.variants,
-        benchmark.Settings(
-            size=benchmark.parse_size(args.size),
+        networks.Settings(
+            size=parse_size(args.size),
             batch=args.batch,
             device=args.device,
             dtype=args.dtype,

@@ -266,44 +266,70 @@ def interleave(
 
 @dataclass
 class Comparison:
-    """Variants against a reference, with the noise floor that decides what is a difference."""
+    """Variants, each against its reference, whose noise floor decides what is a difference.
 
-    reference: str
+    Args:
+        references: Name of the reference of every variant, its own where it is one.
+        samples: Of every variant.
+        floors: Of every reference.
+    """
+
+    references: dict[str, str]
     samples: dict[str, Samples]
-    floor: Floor
+    floors: dict[str, Floor]
 
-    def ratio(self, name: str) -> Ratio:
-        """Time of a variant in units of the reference; below 1 it is faster."""
-        return paired_ratio(self.samples[name], self.samples[self.reference])
+    def ratio(self, name: str, reference: str | None = None) -> Ratio:
+        """Time of a variant in units of its reference, or another; below 1 it is faster."""
+        return paired_ratio(self.samples[name], self.samples[reference or self.references[name]])
+
+    def floor(self, name: str) -> Floor:
+        """Of the reference of a variant."""
+        return self.floors[self.references[name]]
 
     def verdict(self, name: str) -> str:
-        return 'reference' if name == self.reference else self.floor.verdict(self.ratio(name))
+        if name == self.references[name]:
+            return 'reference'
+        return self.floor(name).verdict(self.ratio(name))
 
 
 def compare(
     runners: Mapping[str, Runner],
-    twin: Runner,
+    twins: Mapping[str, Runner],
+    references: Mapping[str, str] | None = None,
     schedule: Schedule | None = None,
     deadline: Deadline | None = None,
 ) -> Comparison:
-    """Time the first of `runners`, the reference, against itself, then all others against it.
+    """Time every reference against itself, then all variants in turns.
 
     Args:
-        runners: Variants by name, the reference first.
-        twin: The reference once more, built on its own; the two give the noise floor.
+        runners: Variants by name.
+        twins: Every reference once more, by its name and built on its own; the two give the
+            noise floor.
+        references: Name of the reference of every variant; the only one of `twins` when None.
         schedule: How long.
         deadline: End of the budget; by default that of `schedule`, from now.
     """
     schedule = schedule or Schedule()
     deadline = deadline or Deadline(schedule.budget_s)
-    reference, *others = runners
-    pair = {reference: runners[reference], f'{reference} again': twin}
-    everyone = dict(runners) | pair
-    warm = warm_up(everyone, schedule, deadline)
+    if references is None:
+        [only] = twins
+        references = dict.fromkeys(runners, only)
+    again = {f'{name} again': twin for name, twin in twins.items()}
+    warm = warm_up({**runners, **again}, schedule, deadline)
+    pairs = {
+        each: runner
+        for name in twins
+        for each, runner in ((name, runners[name]), (f'{name} again', again[f'{name} again']))
+    }
     # A floor as sure as the rest needs as many rounds: split the time by what a round costs.
-    part = len(pair) / (len(pair) + len(runners)) if others else 1.0
-    twice = interleave(pair, schedule, warm, deadline.share(part))
-    floor = Floor(paired_ratio(*(twice[name] for name in reversed(pair))))
-    samples = interleave(runners, schedule, warm, deadline) if others else twice
-    samples.pop(f'{reference} again', None)
-    return Comparison(reference, samples, floor)
+    cost = sum(warm[name].warm_s for name in pairs)
+    alone = runners.keys() == twins.keys()
+    part = 1.0 if alone else cost / (cost + sum(warm[name].warm_s for name in runners))
+    twice = interleave(pairs, schedule, warm, deadline.share(part))
+    floors = {name: Floor(paired_ratio(twice[f'{name} again'], twice[name])) for name in twins}
+    samples = twice if alone else interleave(runners, schedule, warm, deadline)
+    return Comparison(
+        {name: references[name] for name in runners},
+        {name: samples[name] for name in runners},
+        floors,
+    )

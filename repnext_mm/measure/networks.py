@@ -1,4 +1,4 @@
-"""What tools/benchmark.py measures: how long training steps, inference and single layers take.
+"""What `repnext-mm benchmark` measures: times of training steps, inference and single layers.
 
 A training step is the backbone's forward pass, the sum of the means of the squares of its outputs,
 and the backward pass; gradients start as None. The optimizer is not part of it. The input is
@@ -7,7 +7,6 @@ contiguous (N, 3, H, W), and a variant that computes in channels_last pays for t
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,26 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from .backbones import FAMILIES, PyramidBackbone
-from .backbones.recconv import SharedRecursiveConv, Upsample
-from .backbones.recnext import RecursiveAttention, RepMixer
-from .backbones.repnext import ChunkConv, CopyConv
-from .layers.blocks import GELU, Downsample, MetaNeXtBlock
-from .layers.execution import set_execution
-from .network import PLANS
-from .reparam import reparameterize
-from .timing import (
-    CallRunner,
-    Deadline,
-    LoadWatch,
-    Schedule,
-    compare,
-    describe,
-    peak_bytes,
-    step_memory,
-)
-from .timing.profile import by_operator
-from .timing.tables import Record, record
+from ..backbones import look_up
+from ..backbones.recconv import SharedRecursiveConv, Upsample
+from ..backbones.recnext import RecursiveAttention, RepMixer
+from ..backbones.repnext import ChunkConv, CopyConv
+from ..layers.blocks import GELU, Downsample, MetaNeXtBlock
+from ..layers.execution import set_execution
+from ..network import PLANS
+from ..reparam import reparameterize
+from .environment import LoadWatch, describe
+from .memory import peak_bytes, step_memory
+from .operators import by_operator
+from .rounds import CallRunner, Deadline, Schedule, compare
+from .tables import Record, record
 
 SCHEMA_VERSION = 1
 DTYPES = {t: getattr(torch, t) for t in ('float32', 'bfloat16', 'float16')}
@@ -207,7 +199,8 @@ def measure(
     twin = Trial(subject, subject.reference, settings)
     runners = {name: trial.runner for name, trial in trials.items()}
     try:
-        comparison = compare(runners, twin.runner, settings.schedule, deadline)
+        twins = {str(subject.reference): twin.runner}
+        comparison = compare(runners, twins, None, settings.schedule, deadline)
     except ValueError as error:
         shape = 'x'.join(map(str, subject.shape))
         raise ValueError(f'{subject.name} cannot take {shape}: {error}') from error
@@ -279,32 +272,6 @@ def default_variants(subject: Subject) -> list[Variant]:
 # --- what can be measured
 
 
-def parse_arch(name: str) -> tuple[type[PyramidBackbone], str]:
-    """Family and arch of a name such as repnext_m4, recnext_a4 or inception_next_tiny.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    names = {f'{f}_{arch}': (cls, arch) for f, cls in FAMILIES.items() for arch in cls.arch_zoo}
-    if name in names:
-        return names[name]
-    close = difflib.get_close_matches(name, names, 1)
-    hint = f'Did you mean {close[0]!r}?' if close else f'Choose one of {", ".join(names)}.'
-    raise ValueError(f'{name!r} is no network of this package. {hint}')
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from '512' or '800x1333'.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    parts = text.lower().split('x')
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f'size {text!r} must be one whole number, or HEIGHTxWIDTH.')
-    return int(parts[0]), int(parts[-1])
-
-
 #: Forms to train, by the arguments that build them; 'merged' is the default of the package.
 TRAIN_FORMS: dict[str, dict[str, Any]] = {
     'branches': dict(fast=False),
@@ -316,7 +283,7 @@ TRAIN_FORMS: dict[str, dict[str, Any]] = {
 
 def train_step(name: str, settings: Settings) -> Subject:
     """A training step; the reference computes branch by branch, as the published code does."""
-    family, arch = parse_arch(name)
+    family, arch = look_up(name)
     forms = {
         form: partial(family, arch, norm_eval=settings.norm_eval, **arguments)
         for form, arguments in TRAIN_FORMS.items()
@@ -326,7 +293,7 @@ def train_step(name: str, settings: Settings) -> Subject:
 
 def inference(name: str, settings: Settings) -> Subject:
     """Inference; the reference is fused as the published `fuse()` does it."""
-    family, arch = parse_arch(name)
+    family, arch = look_up(name)
 
     def fused(plan: Any) -> nn.Module:
         # The reference computes what the published code does.

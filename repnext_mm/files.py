@@ -1,0 +1,52 @@
+"""Files that are complete under their name, or not there at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.fileio import LocalBackend, register_backend
+
+BACKEND = 'atomic_local'
+TEMPORARY_SUFFIX = '.tmp'
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file to, which then replaces `path`.
+
+    After an error it is removed, and `path` is what it was.
+    """
+    target = Path(path)
+    temporary = target.with_name(f'{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}')
+    try:
+        yield temporary
+        with temporary.open('rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, 'utf-8', newline='\n')
+
+
+@register_backend(BACKEND)
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's local backend, except that a file is complete under its name or not there."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write `obj` to a temporary file beside `filepath`, to the disk, and rename it."""
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(filepath) as temporary, open(temporary, 'wb') as file:
+            file.write(obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """As `put`, for text."""
+        self.put(obj.encode(encoding), filepath)

@@ -1,0 +1,109 @@
+"""Opening a file in the runtime that it is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoints import CheckpointError
+from .artifact import Artifact, ArtifactError, reason, shown_shape
+from .onnx import ONNXArtifact
+from .openvino import OpenVINOArtifact
+from .torch_files import (
+    AOTInductorArtifact,
+    ExportedProgramArtifact,
+    FusedArtifact,
+    TorchScriptArtifact,
+    is_compiled,
+)
+
+KINDS: dict[str, type[Artifact]] = {
+    '.onnx': ONNXArtifact,
+    '.xml': OpenVINOArtifact,
+    '.torchscript': TorchScriptArtifact,
+    '.pth': FusedArtifact,
+}
+
+
+def open_artifact(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    precision: str | None = None,
+    providers: Sequence[str] | None = None,
+) -> Artifact:
+    """Open an exported backbone.
+
+    ONNX, OpenVINO, TorchScript and fused `.pth` files hold data alone. An AOTInductor package is
+    machine code: open only those that you made. Parts of a `.pt2` that need Python's pickle are
+    refused.
+
+    Args:
+        path: An `.onnx` file, an OpenVINO `.xml` file or the folder with it, a `.pt2` file
+            (exported program or AOTInductor package), a `.torchscript` or a fused `.pth` file.
+        threads: Number of threads to compute on; the runtime chooses when None. In PyTorch's
+            formats it is set for the whole process.
+        precision: What OpenVINO computes in: 'f32' (when None), 'bf16' or 'f16'. The other
+            runtimes compute in what the file says.
+        providers: ONNX Runtime's execution providers; the CPU's when None.
+
+    Raises:
+        ArtifactError: There is no such file, its runtime is not installed or refuses it, or it is
+            not a backbone: one image `(N, 3, H, W)` in, feature maps out.
+    """
+    file = _find(Path(path))
+    artifact = _kind(file)(file)
+    if precision is not None and not isinstance(artifact, OpenVINOArtifact):
+        raise ArtifactError(
+            f'precision={precision!r} is a setting of OpenVINO; {file} computes in what it was '
+            'exported in.'
+        )
+    if providers is not None and not isinstance(artifact, ONNXArtifact):
+        raise ArtifactError(
+            f'providers={list(providers)} is a setting of ONNX Runtime, not of {file}.'
+        )
+    try:
+        artifact.load(threads, precision, providers)
+    except ArtifactError:
+        raise
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    except Exception as error:
+        raise ArtifactError(
+            f'{file} cannot be opened in {artifact.runtime}: {reason(error)}.'
+        ) from error
+    _check_interface(artifact)
+    return artifact
+
+
+def _find(path: Path) -> Path:
+    """The file to open; in a folder that OpenVINO's files lie in, the `.xml` of them."""
+    if path.is_dir() and path.suffix != '.mlpackage':
+        found = sorted(path.glob('*.xml'))
+        if len(found) != 1:
+            raise ArtifactError(f'{path} is a folder with {len(found)} .xml files; name the file.')
+        return found[0]
+    if not path.exists():
+        raise ArtifactError(f'there is no file {path}; tools/deploy.py writes such files.')
+    return path
+
+
+def _kind(path: Path) -> type[Artifact]:
+    if path.suffix in KINDS:
+        return KINDS[path.suffix]
+    if path.suffix == '.pt2':
+        return AOTInductorArtifact if is_compiled(path) else ExportedProgramArtifact
+    if path.suffix == '.mlpackage':
+        raise ArtifactError(f'{path} is a Core ML package, which runs on macOS only.')
+    raise ArtifactError(
+        f'{path} has no ending that tells its format; there are {", ".join(KINDS)} and .pt2.'
+    )
+
+
+def _check_interface(artifact: Artifact) -> None:
+    shape = artifact.input_shape
+    if len(shape) != 4 or shape[1] not in (None, 3):
+        artifact.close()
+        raise ArtifactError(
+            f'{artifact.path} takes {shown_shape(shape)}, and a backbone takes images (N, 3, H, W).'
+        )

@@ -1,0 +1,153 @@
+"""Files that PyTorch runs: exported programs, AOTInductor packages, TorchScript, fused weights."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import zipfile
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from .. import backbones
+from ..checkpoints import File, read_checkpoint
+from .artifact import METADATA_KEY, PRECISIONS, Artifact, ArtifactError, read_metadata
+
+
+class TorchArtifact(Artifact):
+    """A file that PyTorch runs."""
+
+    module: Callable[..., Any]
+    device = 'cpu'
+    #: Whether the file is made for images of one shape.
+    has_shape: ClassVar[bool] = True
+
+    def load(
+        self, threads: int | None, precision: str | None, providers: Sequence[str] | None
+    ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.load_module()
+        # None of these formats can be asked for the shape that it was made for.
+        dynamic, size = self.metadata.get('dynamic', 'none'), self.metadata.get('size')
+        if self.has_shape and size:
+            batch = None if 'batch' in dynamic else self.metadata.get('batch', 1)
+            self.input_shape = (batch, 3, *((None, None) if 'hw' in dynamic else size))
+        stages = self.metadata.get('out_indices', range(4))
+        self.output_names = tuple(f'stage{i}' for i in stages)
+        self.precision = PRECISIONS.get(self.metadata.get('dtype', ''), 'f32')
+
+    @abstractmethod
+    def load_module(self) -> None:
+        """Set `module` and `metadata`, and `device` where it is not the CPU."""
+
+    @torch.inference_mode()
+    def infer(self, images: np.ndarray) -> Sequence[np.ndarray]:
+        outputs = self.module(torch.from_numpy(images).to(self.device))
+        return [output.float().cpu().contiguous().numpy() for output in outputs]
+
+    def close(self) -> None:
+        del self.module
+
+
+class ExportedProgramArtifact(TorchArtifact):
+    """What `torch.export.save` wrote."""
+
+    runtime = 'torch.export'
+
+    def load_module(self) -> None:
+        _refuse_pickles(self.path)
+        extra = {METADATA_KEY: ''}
+        program = torch.export.load(self.path, extra_files=extra)
+        # Its guards say more than which sizes fit: that maps which tracing saw with more than one
+        # pixel never have just one, though the operations take either. Older torch makes none.
+        has_guards = 'check_guards' in inspect.signature(program.module).parameters
+        self.module = program.module(**({'check_guards': False} if has_guards else {}))
+        self.metadata = read_metadata(self, extra)
+
+
+class AOTInductorArtifact(TorchArtifact):
+    """Machine code that AOTInductor compiled for one kind of processor."""
+
+    runtime = 'aotinductor'
+
+    def load_module(self) -> None:
+        from torch._inductor import aoti_load_package
+
+        package = aoti_load_package(self.path)
+        properties = package.get_metadata()
+        self.device = properties['AOTI_DEVICE_KEY']
+        self.module = package
+        self.metadata = read_metadata(self, properties)
+
+
+class TorchScriptArtifact(TorchArtifact):
+    """A traced or scripted module."""
+
+    runtime = 'torchscript'
+
+    def load_module(self) -> None:
+        extra: dict[str, Any] = {METADATA_KEY: ''}
+        self.module = torch.jit.load(self.path, map_location='cpu', _extra_files=extra).eval()
+        self.metadata = read_metadata(self, extra)
+
+
+class FusedArtifact(TorchArtifact):
+    """The weights of a fused backbone, run by this package's modules."""
+
+    runtime = 'torch'
+    has_shape = False
+
+    def load_module(self) -> None:
+        checkpoint = read_checkpoint(File.read(self.path))
+        meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+        self.metadata = read_metadata(self, meta or {})
+        if not self.metadata:
+            raise ArtifactError(
+                f'{self.path} does not say what network it holds; give a .pth file that '
+                'tools/deploy.py wrote.'
+            )
+        family = getattr(backbones, self.metadata['family'])
+        model = family(
+            self.metadata['arch'],
+            out_indices=self.metadata['out_indices'],
+            deploy=self.metadata['plan'],
+        )
+        state = checkpoint['state_dict']
+        model.load_state_dict(state)
+        dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+        if self.metadata.get('layout') == 'channels_last':
+            model.to(memory_format=torch.channels_last)
+        model.to(dtype).eval()
+        self.module = lambda images: model(images.to(dtype))
+
+
+def is_compiled(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        raise ArtifactError(f'{path} is cut short, damaged or not a .pt2 archive; export it again.')
+    with zipfile.ZipFile(path) as archive:
+        return any('/data/aotinductor/' in name for name in archive.namelist())
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Refuse an exported program of which `torch.export.load` would unpickle parts."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            part = name.partition('/')[2]
+            pickled = part.startswith('data/constants/custom_obj') or part == ''
+            if re.fullmatch(r'data/(weights|constants)/\w+_config\.json', part):
+                config = json.loads(archive.read(name))['config']
+                pickled = any(entry['use_pickle'] for entry in config.values())
+            elif part.startswith('data/sample_inputs/'):
+                with archive.open(name) as file:
+                    torch.load(file, weights_only=True)
+            if pickled:
+                raise ArtifactError(
+                    f'{path} was not opened, because {name} is a Python pickle and loading it can '
+                    'run code; export the network anew.'
+                )
