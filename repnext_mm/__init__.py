@@ -71,7 +71,7 @@ register_lazily(
     base=torch.nn.parallel.DistributedDataParallel,
 )
 
-# An mmcv without its compiled operators takes ours.
+# An mmcv without its compiled operators uses ours.
 operators.activate()
 # mmengine reads its own checkpoints with torch's safe default, which needs to know their classes.
 allow_mmengine_checkpoints()

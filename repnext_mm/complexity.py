@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Learnable values of the whole model."""
+    """Learnable values of the complete model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

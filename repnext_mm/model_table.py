@@ -1,4 +1,4 @@
-"""The model table of the README and `configs/metafile.yml`: published and measured, side by side.
+"""The tables of docs/models.md and `configs/metafile.yml`: published and measured, side by side.
 
 Published figures are data of this package (`published_results.json`, with their origin). Sizes and
 costs are measured on the networks themselves, before and after each fusion plan.
@@ -14,18 +14,13 @@ import torch
 from mmengine.fileio import dump
 from torch import nn
 
-from .backbones import InceptionNeXt, PyramidBackbone, RecNeXt, RepNeXt
+from .backbones import FAMILIES, names
 from .checkpoints import PUBLISHED
 from .checkpoints.published import names_for
 from .complexity import count_macs, count_parameters
 from .network import PLANS
 from .published_results import METHODS, published, top1
 
-FAMILIES: dict[str, type[PyramidBackbone]] = {
-    'repnext': RepNeXt,
-    'recnext': RecNeXt,
-    'inception_next': InceptionNeXt,
-}
 PAPERS = {
     'repnext': 'https://arxiv.org/abs/2406.16004',
     'recnext': 'https://arxiv.org/abs/2412.19628',
@@ -38,6 +33,7 @@ SIZES = (224, 512)
 PUBLISHED_FORM = {'repnext': 'full', 'recnext': 'full', 'inception_next': 'training'}
 
 
+PAGE = Path('docs', 'models.md')
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
 PENDING, NONE = 'pending', '-'
 
@@ -53,18 +49,19 @@ def classifier_head(family: str, width: int) -> nn.Module:
     return nn.Linear(width, 1000)
 
 
-def measure(family: str, arch: str) -> Record:
-    """Parameters and multiplications of a variant's backbone in every form, and its head's."""
+def measure(name: str) -> Record:
+    """Parameters and multiplications of a network's backbone in every form, and its head's."""
+    family, arch = names()[name]
     record: Record = {'Parameters': {}, **{f'MACs at {size}x{size}': {} for size in SIZES}}
     with torch.device('meta'):
         for form in FORMS:
             deploy = False if form == 'training' else form
-            model = FAMILIES[family](arch, deploy=deploy, fast=False).eval()
+            model = family(arch, deploy=deploy, fast=False).eval()
             record['Parameters'][form] = count_parameters(model)
             for size in SIZES:
                 macs = count_macs(model, (size, size))
                 record[f'MACs at {size}x{size}'][form] = macs
-        head = classifier_head(family, model.channels[-1])
+        head = classifier_head(name.removesuffix(f'_{arch}'), model.channels[-1])
     record['Classifier parameters'] = count_parameters(head)
     return record
 
@@ -126,13 +123,13 @@ def config_records(root: Path) -> list[Record]:
     return records
 
 
-def readme_tables(meta: Record) -> str:
-    """The README's block, from a metafile's content."""
+def tables(meta: Record) -> str:
+    """The block of docs/models.md, from a metafile's content."""
     models = {model['Name']: model for model in meta['Models']}
     blocks = []
     for family, cls in FAMILIES.items():
         rows = [_result_cells(models, family, arch) for arch in cls.arch_zoo]
-        # A method that no variant of the family has a config for takes no columns.
+        # A method that no variant of the family has a config for has no columns.
         header = [key for key in rows[0] if any(row[key] != NONE for row in rows)]
         blocks.append(
             f'### {cls.__name__}\n\n'
@@ -193,33 +190,31 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in (header, rule, *rows))
 
 
-def with_tables(readme: str, meta: Record) -> str:
-    """`readme` with its block between the markers made new.
+def with_tables(page: str, meta: Record) -> str:
+    """`page` with the block between its markers written again.
 
     Raises:
         ValueError: It does not have each marker once, in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in after:
         raise ValueError(
-            f'README.md must have {BEGIN} and {END} once each, in this order; the tables go '
+            f'{PAGE} must have {BEGIN} and {END} once each, in this order; the tables go '
             'between them.'
         )
-    return f'{before}{BEGIN}\n\n{readme_tables(meta)}\n\n{END}{after}'
+    return f'{before}{BEGIN}\n\n{tables(meta)}\n\n{END}{after}'
 
 
 def generate(root: Path, track: Callable[[list[str]], Iterable[str]] = iter) -> dict[Path, str]:
     """The generated files below `root` and their content; `track` may show the progress."""
-    variants = [(family, arch) for family, cls in FAMILIES.items() for arch in cls.arch_zoo]
-    names = {f'{family}_{arch}': (family, arch) for family, arch in variants}
-    meta = metafile(root, {name: measure(*names[name]) for name in track(list(names))})
+    meta = metafile(root, {name: measure(name) for name in track(list(names()))})
     header = '# Written by tools/model_table.py. Published figures: see published_results.json.\n'
-    readme = root / 'README.md'
+    page = root / PAGE
     return {
         root / 'configs' / 'metafile.yml': header
         + dump(meta, file_format='yaml', sort_keys=False, width=100),
-        readme: with_tables(readme.read_text('utf-8'), meta),
+        page: with_tables(page.read_text('utf-8'), meta),
     }
 
 

@@ -100,7 +100,7 @@ class Network(nn.Module):
 
 
 def describe(family: type[Network], arch: str | None, plan: Plan | None) -> str:
-    """The call that builds a network; `arch` None stands for one given as a dict."""
+    """The call that builds a network; `arch` None means one given as a dict."""
     arch_text = 'arch=dict(...)' if arch is None else f'arch={arch!r}'
     deploy = '' if plan is None else f', deploy={True if plan == "full" else plan!r}'
     return f'{family.__name__}({arch_text}{deploy})'

@@ -15,6 +15,7 @@ from mm_models import build, sample_batch, sample_data
 from mmengine.config import Config
 from networks import TINY, grads, image, tiny
 from torch import nn
+from torch.nn.utils import prune
 
 from repnext_mm import optimize
 from repnext_mm.backbones.repnext import MEDIUM, BranchedDepthwise
@@ -138,6 +139,43 @@ def test_saving_memory_leaves_recomputed_blocks_and_other_norms_alone():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
     assert_same_step(reference, fast, x)
+
+
+@NETWORKS
+@MODES
+def test_a_hook_on_any_layer_sees_what_goes_in_and_out(name, mode):
+    """Layers that are computed together with others are called as they are where one has a hook."""
+    reference, fast = pair(name, mode)
+    seen = {model: {} for model in (reference, fast)}
+    for model in seen:
+        for key, layer in model.named_modules():
+            layer.register_forward_hook(
+                lambda _, args, out, to=seen[model], key=key: to.update({key: out})
+            )
+    x = image(fast, dtype=torch.float64)
+    assert_same_step(reference, fast, x)
+    called = {key for key, out in seen[reference].items() if isinstance(out, torch.Tensor)}
+    assert called <= set(seen[fast])
+    for key in called:
+        torch.testing.assert_close(seen[fast][key], seen[reference][key], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', ['repnext_m', 'recnext_l', 'inception_next'])
+def test_pruned_weights_stay_pruned(name):
+    """torch.nn.utils.prune computes a masked weight in a hook, in front of every forward pass."""
+    model = tiny(name).eval()
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs:
+        prune.random_unstructured(conv, 'weight', 0.5)
+    with torch.no_grad():
+        for conv in convs:
+            conv.weight_orig.mul_(1.5)  # as an optimizer's step would change it
+    x = image(model)
+    pruned = model(x)
+    for conv in convs:
+        prune.remove(conv, 'weight')
+    for a, b in zip(pruned, model(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_a_single_value_per_channel_is_refused_in_training_as_by_torch():

@@ -47,7 +47,7 @@ MEASURED = [
 
 @pytest.mark.parametrize('family, arch', MEASURED)
 def test_measured_figures_are_the_networks(family: str, arch: str, meta: dict[str, Any]) -> None:
-    measured = model_table.measure(family, arch)
+    measured = model_table.measure(f'{family}_{arch}')
     assert recorded(meta, f'{family}_{arch}')['Metadata']['Measured'] == measured
 
 
@@ -83,16 +83,16 @@ def test_macs_are_those_of_a_convolution_and_a_product() -> None:
 def files(meta: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[Path, str]:
     """What the tool would write, given that the recorded measurements are right."""
 
-    def recall(family: str, arch: str) -> dict[str, Any]:
-        return recorded(meta, f'{family}_{arch}')['Metadata']['Measured']
+    def recall(name: str) -> dict[str, Any]:
+        return recorded(meta, name)['Metadata']['Measured']
 
     monkeypatch.setattr(model_table, 'measure', recall)
     return model_table.generate(REPO)
 
 
-def test_readme_and_metafile_are_not_stale(files: dict[Path, str], tmp_path: Path) -> None:
+def test_models_and_metafile_are_not_stale(files: dict[Path, str], tmp_path: Path) -> None:
     output = succeed_here(script('model_table.py'), '--check', cwd=tmp_path)
-    assert output.splitlines()[-1] == 'README.md and configs/metafile.yml are up to date.'
+    assert output.splitlines()[-1] == 'docs/models.md and configs/metafile.yml are up to date.'
 
 
 def test_staleness_is_told_in_one_sentence(files: dict[Path, str], tmp_path: Path) -> None:
@@ -100,13 +100,13 @@ def test_staleness_is_told_in_one_sentence(files: dict[Path, str], tmp_path: Pat
     for path, text in moved.items():
         path.write_text(text, 'utf-8')
     model_table.check(moved)
-    readme = tmp_path / 'README.md'
-    readme.write_text(readme.read_text('utf-8').replace('| m3 | 7.8 |', '| m3 | 7.9 |'), 'utf-8')
-    with pytest.raises(ValueError, match=r'README\.md .* run "python tools/model_table\.py"'):
+    page = tmp_path / 'models.md'
+    page.write_text(page.read_text('utf-8').replace('| m3 | 7.8 |', '| m3 | 7.9 |'), 'utf-8')
+    with pytest.raises(ValueError, match=r'models\.md .* run "python tools/model_table\.py"'):
         model_table.check(moved)
 
 
-def test_a_readme_without_markers_is_refused(meta: dict[str, Any]) -> None:
+def test_a_page_without_markers_is_refused(meta: dict[str, Any]) -> None:
     for text in ('no markers', f'{model_table.END} {model_table.BEGIN}'):
         with pytest.raises(ValueError, match='once each, in this order'):
             model_table.with_tables(text, meta)
@@ -120,7 +120,7 @@ def test_every_recipe_is_recorded(meta: dict[str, Any]) -> None:
 
 
 def test_published_measured_and_pending_share_no_column(meta: dict[str, Any]) -> None:
-    tables = model_table.readme_tables(meta).split('<details>')[0]
+    tables = model_table.tables(meta).split('<details>')[0]
     for table in tables.split('### ')[1:]:
         header, _, *rows = [
             line.strip('| ').split(' | ') for line in table.splitlines() if '|' in line

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -398,7 +397,7 @@ def test_a_folder_that_cannot_be_written(
     def denied(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, 'Permission denied')
 
-    for module, name in ((tempfile, 'NamedTemporaryFile'), (os, 'replace')):
+    for module, name in ((Path, 'write_text'), (os, 'replace')):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, denied)
             error = refused(capsys, '--install')

@@ -1,36 +1,68 @@
-"""What the README shows is true: its snippets run and its table is that of the code."""
+"""What the README and the documentation show is true: snippets run, tables and links are right."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 from conftest import REPO
 
 from repnext_mm import RepNeXt
+from repnext_mm.backbones import FAMILIES
 from repnext_mm.checkpoints import PUBLISHED
+from repnext_mm.published_results import published, top1
 
 README = (REPO / 'README.md').read_text('utf-8')
+PAGES = [REPO / 'README.md', *(REPO / 'docs').rglob('*.md')]
+DOCS = '\n\n'.join(page.read_text('utf-8') for page in PAGES)
 
 
 def snippet(words: str) -> str:
-    """The one Python block that holds `words`."""
-    found = [b for b in re.findall(r'```python\n(.*?)```', README, re.S) if words in b]
-    assert len(found) == 1, f'{len(found)} snippets hold {words!r}'
+    """The one Python block that contains `words`."""
+    found = [b for b in re.findall(r'```python\n(.*?)```', DOCS, re.S) if words in b]
+    assert len(found) == 1, f'{len(found)} snippets contain {words!r}'
     return found[0]
 
 
-def table_rows(header: str) -> list[list[str]]:
-    """Cells of the table whose header line holds `header`."""
-    lines = README[README.index(header) :].split('\n\n')[0].splitlines()[2:]
+def table_rows(text: str, header: str) -> list[list[str]]:
+    """Cells of the table whose header line contains `header`."""
+    lines = text[text.index(header) :].split('\n\n')[0].splitlines()[2:]
     return [[cell.strip(' `') for cell in line.strip('|').split('|')] for line in lines]
 
 
-def test_every_argument_is_documented():
-    import inspect
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
 
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r'^#+ (.*)$', page.read_text('utf-8'), re.M)
+    return {re.sub(r'[^\w -]', '', title).lower().replace(' ', '-') for title in titles}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page):
+    for link in re.findall(r'\]\(([^)]+)\)', page.read_text('utf-8')):
+        path, _, anchor = link.partition('#')
+        if '://' in link:
+            continue
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_ranges_of_accuracies_are_the_published_ones():
+    rows = table_rows(README, '| type | `arch` |')
+    for (kind, _, shown), (prefix, family) in zip(rows, FAMILIES.items(), strict=True):
+        assert kind == family.__name__
+        values = [top1(published('imagenet', f'{prefix}_{arch}')) for arch in family.arch_zoo]
+        assert shown == f'{min(values)} to {max(values)}'
+
+
+def test_every_argument_is_documented():
     arguments = list(inspect.signature(RepNeXt).parameters)
-    assert [row[0] for row in table_rows('| argument | meaning')] == arguments
+    assert [row[0] for row in table_rows(DOCS, '| argument | meaning')] == arguments
 
 
 def test_published_names_exist():

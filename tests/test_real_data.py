@@ -1,6 +1,7 @@
 """Real COCO and ADE20K images through the real tools and configs, evaluation included.
 
-The same commands with more iterations overfit these images; README.md has them and the figures.
+The same commands with more iterations overfit these images; docs/training.md contains them and the
+figures.
 """
 
 from __future__ import annotations

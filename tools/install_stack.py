@@ -45,7 +45,7 @@ BASE_PYTHON = getattr(sys, '_base_executable', None) or sys.executable
 
 
 class SetupError(Exception):
-    """One sentence for the user: what is wrong and how to mend it."""
+    """One sentence for the user: what is wrong and how to fix it."""
 
 
 def requirements(stack: str) -> list[str]:
@@ -132,14 +132,14 @@ def check_machine(venv: Path, compiles: bool) -> None:
         if not shutil.which(name):
             raise SetupError(
                 f'the compiler `{name}` was not found and {COMPILED} must be compiled here; '
-                'install gcc with C++, on Debian with `apt-get install gcc g++`, or take the '
+                'install gcc with C++, on Debian with `apt-get install gcc g++`, or use the '
                 'default stack, which needs none.'
             )
     if not Path(sysconfig.get_path('include'), 'Python.h').exists():
         raise SetupError(
             f'the C headers of {sys.executable} (Python.h) were not found and {COMPILED} must be '
             f'compiled here; install them, on Debian with `apt-get install python{version}-dev`, '
-            'or take the default stack, which needs none.'
+            'or use the default stack, which needs none.'
         )
 
 
@@ -202,7 +202,7 @@ class Steps:
         self._say(f'      {clock(time.monotonic() - start)}', end=True)
         if process.returncode:
             raise SetupError(
-                f'step {self.done} ({title}) failed: {error_line(read(log))} (whole log: {log}).'
+                f'step {self.done} ({title}) failed: {error_line(read(log))} (complete log: {log}).'
             )
 
     @staticmethod
@@ -262,7 +262,7 @@ def compile_ops(steps: Steps, python: Path, home: Path) -> None:
         built = Path(folder, 'wheel')
         steps.run(
             f'compile {COMPILED} {version} for this torch, once (about 10 minutes on 2 cores)',
-            # pip would cache the wheel by name and version alone and hand it to another torch.
+            # pip would cache the wheel by name and version alone and reuse it for another torch.
             [*pip(python, 'wheel'), '-v', '--no-cache-dir', '--no-build-isolation', '--no-deps',
              '--no-binary', COMPILED, f'{COMPILED}=={version}', '--wheel-dir', str(built)],
             MMCV_WITH_OPS='1',

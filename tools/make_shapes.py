@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     root = shapes.ensure(args.root, spec, track)
     print(
         f'{spec.train} training and {spec.val} validation images of {spec.size} x {spec.size} '
-        f'pixels lie in {root}/coco and {root}/ade; '
+        f'pixels are in {root}/coco and {root}/ade; '
         'next: python tools/train.py configs/mask_rcnn_repnext_m0_shapes.py'
     )
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure every network and write the README's tables and configs/metafile.yml."""
+"""Measure every network and write the tables of docs/models.md and configs/metafile.yml."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def main(args: argparse.Namespace) -> None:
     files = model_table.generate(ROOT, lambda names: track(names, 'Measuring'))
     if args.check:
         model_table.check(files)
-        print('README.md and configs/metafile.yml are up to date.')
+        print('docs/models.md and configs/metafile.yml are up to date.')
         return
     for path, text in files.items():
         path.write_text(text, 'utf-8')
     print(
-        'Wrote README.md and configs/metafile.yml; next: python -m pytest tests/test_model_table.py'
+        'Wrote docs/models.md and configs/metafile.yml; '
+        'next: python -m pytest tests/test_model_table.py'
     )
 
 

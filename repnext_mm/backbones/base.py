@@ -33,7 +33,7 @@ class PyramidBackbone(BaseModule, Network):
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
         norm_cfg: `type` BN or SyncBN; optionally `eps`, `momentum`, `requires_grad`.
         norm_eval: Keep every norm in eval mode while training.
-        drop_path_rate: Stochastic depth; None takes the rate of `arch`.
+        drop_path_rate: Stochastic depth; None is the rate of `arch`.
         with_cp: Recompute activations in backward, which saves memory and costs time.
         fast: Compose each mixer's kernels into one in the forward pass, fold norms, choose the
             memory format. False computes operation by operation, as published: the reference.

@@ -123,7 +123,7 @@ class RecursiveConv(nn.Module):
         # Open sizes, in tracing and export, are no ints.
         if any(isinstance(side, int) and side % step for side in (height, width)):
             raise ValueError(
-                f'{type(self).__name__} at level {self.level} cannot take a {height}x{width} '
+                f'{type(self).__name__} at level {self.level} cannot compute a {height}x{width} '
                 f'feature map: both sides must be multiples of {step}. Pad the images, or use '
                 'the recursive or recurrent variant.'
             )
@@ -234,7 +234,7 @@ def _up(conv: partial[nn.Conv2d], in_channels: int, out_channels: int) -> nn.Con
     return nn.ConvTranspose2d(in_channels, out_channels, groups=in_channels, stride=2, **options)
 
 
-#: The variants by the name that a custom `arch` gives them.
+#: The variants by their names in a custom `arch`.
 RECURSIVE_CONVS: dict[str, type[RecursiveConv]] = {
     'recursive': SharedRecursiveConv,
     'recurrent': RecurrentConv,

@@ -60,13 +60,13 @@ def cheaper_order(pixels: int, key_width: int, value_width: int) -> Order:
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, order: Order | None = None) -> Tensor:
     """Average the values of all pixels, weighted by the products of non-negative `q` and `k`.
 
-    `q`, `k` `(N, heads, D, n)` and `v` `(N, heads, E, n)` over n pixels give `(N, heads, E, n)`.
+    `q`, `k` `(N, heads, D, n)` and `v` `(N, heads, E, n)` over n pixels to `(N, heads, E, n)`.
     The product is associative, so both orders are one function; None chooses the cheaper.
     """
     pixels = q.shape[-1]
     if order is None:
         order = cheaper_order(pixels, q.shape[-2], v.shape[-2])
-    # (N, heads, 1, n): the mean weight that each pixel gives to all others.
+    # (N, heads, 1, n): the mean weight of all others for each pixel.
     mean_weight = k.mean(-1, keepdim=True).transpose(-1, -2) @ q + EPS
     if order == 'kv':
         return ((v / pixels) @ k.transpose(-1, -2)) @ q / mean_weight
@@ -238,7 +238,7 @@ class RepMixerBlock(nn.Module):
 
 
 class SharingBlock(RepMixerBlock):
-    """A block that also takes and returns the attended channels that are kept for sharing."""
+    """A block that also receives and returns the attended channels that are kept for sharing."""
 
     def forward(self, x: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         x = self.rep_mixer(x)
@@ -259,7 +259,7 @@ TOKEN_MIXERS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Design(ABC):
-    """What tells the series of RecNeXt apart; per-stage values have one entry per stage."""
+    """What differs between the series of RecNeXt; per-stage values have one entry per stage."""
 
     strides: ClassVar[tuple[int, ...]]
 

@@ -1,4 +1,4 @@
-"""Say what a weight file holds: `python -m repnext_mm.checkpoints FILE`."""
+"""Say what a weight file contains: `python -m repnext_mm.checkpoints FILE`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .reading import read_weights
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m repnext_mm.checkpoints',
-        description='Say what a weight file holds and which backbone it fits; nothing in it runs.',
+        description='Say what a weight file contains and which backbone it fits; none of it runs.',
     )
     parser.add_argument('checkpoint', nargs='?', help='published name, URL or path')
     parser.add_argument('--list', action='store_true', help='list the published names')
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     ignored = ', '.join(f'{group} {count}' for group, count in match.ignored.items()) or 'nothing'
     print(f'fits {fit}: {len(match.matched)} of {match.total} keys match, ignored: {ignored}')
     if match.prefix:
-        print(f'the backbone lies under {match.prefix!r}')
+        print(f'the backbone is under {match.prefix!r}')
     return 0
 
 

@@ -64,8 +64,8 @@ def load_pretrained(
 ) -> LoadReport:
     """Load a checkpoint into a backbone and log one line about it.
 
-    A fused model (`deploy`) takes a file fused under the same plan, and also a training
-    checkpoint or one fused less far, which it fuses on the way in. A training model takes
+    A fused model (`deploy`) accepts a file fused under the same plan, and also a training
+    checkpoint or one fused less far, which is fused while loading. A training model accepts
     training checkpoints only: fusing cannot be undone.
 
     Args:
@@ -111,7 +111,7 @@ def load_pretrained(
     if report.non_finite:
         print_log(
             f'{source} has NaN or infinity in {_counted("tensors", report.non_finite)}: '
-            'the model will not give sensible outputs.',
+            'the model will not compute sensible outputs.',
             'current',
             logging.WARNING,
         )
@@ -121,7 +121,7 @@ def load_pretrained(
 def _choose_form(
     model: Network, weights: Weights, prefix: str | None, allow_partial: bool
 ) -> tuple[Plan | None, Match]:
-    """The form of the file, of those that the model can take, and the match in that form."""
+    """The form of the file, of those that the model accepts, and the match in that form."""
     file = {key: tensor.shape for key, tensor in weights.tensors.items()}
     forms: list[Plan | None] = [model.plan]
     if model.plan is not None:

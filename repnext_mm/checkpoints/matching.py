@@ -137,7 +137,7 @@ def _match_below(prefix: str, file: Shapes, network: Shapes) -> Match:
 
 
 def network_shapes(family: type[Network], arch: str | dict[str, Any], plan: Plan | None) -> Shapes:
-    """Names and shapes of a network's state; no memory is taken for it."""
+    """Names and shapes of a network's state; no memory is used for it."""
     with torch.device('meta'):
         network = family(arch, deploy=plan or False)
     return {name: tensor.shape for name, tensor in network.state_dict().items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..network import Plan
 
-#: Where the hub's files lie, unless `HF_ENDPOINT` names a mirror.
+#: Where the hub's files are, unless `HF_ENDPOINT` names a mirror.
 HUB = 'https://huggingface.co'
 
 _M0_TO_M5 = ('m0', 'm1', 'm2', 'm3', 'm4', 'm5')
@@ -31,7 +31,7 @@ _INCEPTION_NEXT = HUB + '/timm/inception_next_{arch}.'
 _HUB_FILE = '/resolve/main/model.safetensors'
 _FORMS: tuple[tuple[str, Plan | None], ...] = (('.pth', None), ('_fused.pt', 'upstream'))
 
-#: Family, its variants, where their files lie, and how those are fused (None: training form).
+#: Family, its variants, where their files are, and how those are fused (None: training form).
 RELEASES: tuple[tuple[str, tuple[str, ...], str, Plan | None], ...] = (
     # ImageNet-1k, 300 epochs, RepViT's recipe with distillation; and the same, fused.
     ('RepNeXt', _M0_TO_M5, _REPNEXT + 'distill_300e.pth', None),
@@ -71,7 +71,7 @@ RELEASES: tuple[tuple[str, tuple[str, ...], str, Plan | None], ...] = (
 
 @dataclass(frozen=True)
 class Published:
-    """One published file: which backbone it holds, in which form, and where it lies."""
+    """One published file: which backbone it holds, in which form, and where it is."""
 
     family: str
     arch: str
@@ -80,7 +80,7 @@ class Published:
 
     @property
     def repository(self) -> str:
-        """Owner and name on the hub, or nothing for a file that lies elsewhere."""
+        """Owner and name on the hub, or nothing for a file elsewhere."""
         found = re.search('([^/]+/[^/]+)/resolve/', self.url)
         return found[1] if found else ''
 

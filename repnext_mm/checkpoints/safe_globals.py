@@ -17,7 +17,7 @@ from mmengine.logging import HistoryBuffer
 
 from .errors import CheckpointError
 
-#: What torch's `add_safe_globals` takes: a class, or an object and the name that stands for it.
+#: The argument of torch's `add_safe_globals`: a class, or an object and the name that means it.
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 # NumPy 1 and 2 write these functions under different module names; both kinds of file are about.
@@ -44,7 +44,7 @@ def statistics_method(owner: Any, name: Any) -> Any:
 
 
 def mmengine_globals() -> list[SafeGlobal]:
-    """Pairs of an object and the name in a checkpoint that stands for it."""
+    """Pairs of an object and the name in a checkpoint that means it."""
     reconstruct: Any = np.empty(0).__reduce__()[0]
     scalar: Any = np.float64(0).__reduce__()[0]
     allowed: list[SafeGlobal] = [
@@ -64,6 +64,6 @@ def allow_mmengine_checkpoints() -> None:
     """Let torch's safe loading read checkpoints of MMEngine runs; may be called repeatedly.
 
     Each entry is a pair, not a bare class: the onedl stack allows some of the same classes around
-    each load and forgets them after it, which would take bare entries of ours away too.
+    each load and forgets them after it, which would remove bare entries of ours too.
     """
     torch.serialization.add_safe_globals(mmengine_globals())

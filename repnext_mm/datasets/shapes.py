@@ -462,7 +462,7 @@ def _is_whole(root: Path, spec: Spec) -> bool:
 def generate(root: str | os.PathLike, spec: Spec | None = None, track: Track | None = None) -> Path:
     """Write the data set to ``root`` and return ``root``; an earlier one there is replaced.
 
-    The folder appears whole or not at all. ``track(numbers, description)`` may wrap the loop
+    The folder is complete or not there at all. ``track(numbers, description)`` may wrap the loop
     over the images to show progress, like ``rich.progress.track``.
 
     Raises ShapesError if ``root`` cannot be written or holds anything else.
@@ -513,7 +513,7 @@ def generate(root: str | os.PathLike, spec: Spec | None = None, track: Track | N
 
 
 def ensure(root: str | os.PathLike, spec: Spec | None = None, track: Track | None = None) -> Path:
-    """Generate the data set unless ``root`` has it, whole, of this VERSION and as ``spec`` says.
+    """Generate the data set unless ``root`` has it, complete, of this VERSION and as ``spec`` says.
 
     Without ``spec``, the parameters of what is there stay, and are the default ones if nothing is.
     Raises ShapesError as `generate` does.

@@ -78,7 +78,7 @@ def bench_artifacts(
             the measurement where there are none.
         threads: Threads and cores; all that this process may use when None.
         schedule: How long.
-        compiled: Whether to add PyTorch compiled, which takes a minute or more to compile.
+        compiled: Whether to add PyTorch compiled, which needs a minute or more to compile.
         reduced: OpenVINO's other precisions, where the CPU computes in them.
         log: For progress.
     """

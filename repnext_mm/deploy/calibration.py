@@ -31,7 +31,7 @@ LEAST_CORRELATION = 0.5
 
 
 class CalibrationImages(Sequence[np.ndarray]):
-    """Images as a backbone takes them, `(1, 3, H, W)` float32 each, read when asked for.
+    """Images as a backbone requires them, `(1, 3, H, W)` float32 each, read when asked for.
 
     Args:
         size: H and W; images are scaled to cover it and cropped at the centre.
@@ -114,8 +114,8 @@ def calibration_images(
 
     Args:
         source: A folder, searched in depth, or a config.
-        size: H and W that the artifact takes.
-        preprocess: None takes the config's `data_preprocessor`, and for a folder `IMAGENET`.
+        size: H and W that the artifact requires.
+        preprocess: None is the config's `data_preprocessor`, and for a folder `IMAGENET`.
         limit: At most so many.
         options: Settings of the config to override, as `--cfg-options` does.
 
@@ -163,7 +163,7 @@ def check_pictures(images: Sequence[np.ndarray]) -> None:
         raise UsageError(
             'the calibration images are noise or blank (correlation of neighbouring pixels '
             f'{np.median(correlations):.2f}, in pictures above {LEAST_CORRELATION}); random '
-            'calibration data is refused, for it gives ranges that real images leave.'
+            'calibration data is refused, for its ranges are not those of real images.'
         )
 
 

@@ -1,4 +1,4 @@
-"""Comparing the artifacts of a folder again, with nothing but what lies in it."""
+"""Comparing the artifacts of a folder again, with nothing but what is in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .report import Record, Report, digest
 
 
 def check_folder(report: Report, log: Console) -> None:
-    """Check that every artifact is the file that was reported, and still gives its outputs.
+    """Check that every artifact is the file that was reported, and still computes its outputs.
 
     The report's rows are those of this check afterwards; the files stay as they are.
 

@@ -35,7 +35,7 @@ from .quantize import GATE_DB
 from .report import JSON_NAME, Report, markdown_table
 from .source import load_source
 
-#: Every dtype that a format takes.
+#: Every dtype of any format.
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 WIDTH = 200
 
@@ -54,7 +54,7 @@ def deploy_main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] not in (*names, '-h', '--help'):
         arguments.insert(0, 'export')
     args = parser.parse_args(arguments)
-    # A job that is told to end clears up as one that is interrupted does.
+    # A job that is terminated cleans up as one that is interrupted does.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run_tool(lambda: verbs[args.verb](args))
@@ -84,7 +84,7 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     add('checkpoint', nargs='?', help='weights: a file, a URL or a published name; random without')
     add('--format', help=f'comma list of {", ".join(FORMATS)}; or all (None: onnx)')
     add('--scope', choices=('backbone', 'model'), default='backbone',
-        help='model: a whole detector or segmentor, fused, as .pth with config')  # fmt: skip
+        help='model: a complete detector or segmentor, fused, as .pth with config')  # fmt: skip
     add('--size', type=_sizes, default='512', help='512 or HxW; a comma list exports one each')
     add('--batch', type=_positive, default=1, help='number of images')
     add('--out-indices', type=_indices, help="stages to return, such as 1,2,3 (None: the config's)")
@@ -115,8 +115,8 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     add('--device', choices=('cpu', 'cuda'), help='what aoti compiles for (None: cpu)')
     add('--parity', choices=('on', 'off'), default='on', help='run and compare every artifact')
     add('--parity-input', type=Path, metavar='IMG', help='compare on this image, not on noise')
-    add('--allow-odd', action='store_true', help='take sizes that the strides do not divide')
-    add('--allow-partial', action='store_true', help='take checkpoints that match in part')
+    add('--allow-odd', action='store_true', help='accept sizes that the strides do not divide')
+    add('--allow-partial', action='store_true', help='accept checkpoints that match in part')
     add('--work-dir', type=Path, help='output folder (None: work_dirs/deploy/MODEL)')
     add('--force', action='store_true', help='replace artifacts that are there')
     add('--strict', action='store_true', help='stop at a warning about a package')
@@ -250,7 +250,7 @@ def _export_model(args: argparse.Namespace) -> None:
             'there is mmdeploy).'
         )
     if args.plan == 'auto':
-        raise UsageError('--plan auto is for --scope backbone; name a plan for the whole model.')
+        raise UsageError('--plan auto is for --scope backbone; name a plan for the complete model.')
     if args.bench and len(args.size) > 1:
         raise UsageError('--scope model --bench times one size; give --size one, such as 512.')
     if not is_config_name(args.model) or args.checkpoint is None:

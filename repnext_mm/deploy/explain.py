@@ -43,7 +43,7 @@ class Operator:
     Args:
         operator: As the runtime names it.
         kind: As people do: 1x1 convolution, depthwise convolution, activation, reorder, ...
-        kernel: The implementation that ran, where the runtime tells.
+        kernel: The implementation that ran, where the runtime reports it.
         ms: Own time in one run.
         share: Of all own times.
         calls: In one run.
@@ -150,7 +150,7 @@ def _summed(calls: Sequence[Call]) -> list[Operator]:
 
 
 def kind_of(name: str, weight: Sequence[int] = ()) -> str:
-    """Kind of an operator; `weight` `(out, in / groups, kh, kw)` tells convolutions apart."""
+    """Kind of an operator; `weight` `(out, in / groups, kh, kw)` distinguishes convolutions."""
     if 'conv' in name.lower() and 'convert' not in name.lower():
         if len(weight) != 4:
             return 'convolution'
@@ -252,7 +252,7 @@ def _openvino(
 
 
 def _openvino_kind(operator: str, kernel: str) -> str:
-    """Its convolutions are told apart by their kernels."""
+    """Its convolutions are distinguished by their kernels."""
     kind = kind_of(operator)
     if kind != 'convolution':
         return kind

@@ -1,6 +1,6 @@
 """One function per format: each writes the same fused backbone to a path.
 
-Where a format can be reached from `torch.export`, all take the same exported program, so that no
+Where a format can be reached from `torch.export`, all use the same exported program, so that no
 two of them can differ in what they describe.
 """
 
@@ -27,7 +27,7 @@ from ..runtimes import METADATA_KEY
 from .errors import DependencyError
 
 INPUT = 'image'
-#: What torch.onnx writes and ONNX Runtime takes; below 18 it converts, and that fails for some.
+#: What torch.onnx writes and ONNX Runtime reads; below 18 it converts, and that fails for some.
 OPSETS = (18, 19, 20, 21, 22, 23)
 #: At least so large is the image that an open height and width are traced with.
 TRACED_SIDE = 320
@@ -59,7 +59,7 @@ class Preprocess:
         return cls(tuple(settings['mean']), tuple(settings['std']), bool(swap))
 
     def apply(self, image: Tensor) -> Tensor:
-        """`(N, 3, H, W)` as loaded to what the backbone takes."""
+        """`(N, 3, H, W)` as loaded to what the backbone requires."""
         mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return ((image.flip(1) if self.swap else image) - mean) / std
 
@@ -76,7 +76,7 @@ class Deployed(nn.Module):
     Args:
         backbone: The backbone, already in the dtype to compute in.
         dtype: That dtype where it is not the image's: images and outputs are converted.
-        preprocess: Applied first, where the artifact takes images as they were loaded.
+        preprocess: Applied first, where the artifact requires images as they were loaded.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Deployed(nn.Module):
 
 @dataclass
 class Job:
-    """What to export and how; every exporter takes one.
+    """What to export and how; every exporter uses one.
 
     Args:
         model: Fused backbone in float32, in eval mode, on the CPU.
@@ -146,7 +146,7 @@ class Job:
     @property
     def example(self) -> Tensor:
         """An image batch to trace with."""
-        # A batch of one would be taken for a constant where the batch is to stay open.
+        # A batch of one would become a constant where the batch is to stay open.
         batch = max(self.batch, 2) if self.dynamic == 'batch' else self.batch
         # Nor may a map of one or two pixels be, where height and width are.
         least = TRACED_SIDE if self.dynamic == 'hw' else 1

@@ -1,4 +1,4 @@
-"""Writing into the output folder: whole or not at all, and one sentence where it cannot be."""
+"""Writing into the output folder: completely or not at all, and one sentence where that fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import ExportError, UsageError
 
 PARTIAL = '.partial-'
-#: Of what a full disk, a quota and a limit on file sizes are told apart by.
+#: Errors of a full disk, a quota and a limit on file sizes.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Less than this is as good as nothing: libraries that write in C++ do not say why they failed.
 SPARE_BYTES = 1 << 20
@@ -39,7 +39,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the results for what is not whole yet; removed however this ends."""
+    """A folder beside the results for what is not complete yet; removed however this ends."""
     for left in folder.glob(f'{PARTIAL}*'):  # by runs that were killed outright
         found = re.match(rf'{re.escape(PARTIAL)}(\d+)-', left.name)
         if found and not Path('/proc', found[1]).exists():
@@ -60,8 +60,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if full or free < SPARE_BYTES:
             why = error.strerror if isinstance(error, OSError) else 'No space left on device'
             raise ExportError(
-                f'{folder} cannot take the files ({why}; {free / 1e6:.0f} MB are free); free some '
-                'space, or give another --work-dir.'
+                f'{folder} has no space for the files ({why}; {free / 1e6:.0f} MB are free); free '
+                'some space, or give another --work-dir.'
             ) from error
         if isinstance(error, PermissionError):
             raise ExportError(
@@ -71,7 +71,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def place(written: Path, target: Path) -> None:
-    """Move a whole artifact to where it belongs, in place of an older one."""
+    """Move a complete artifact to where it belongs, in place of an older one."""
     if target.is_dir():  # which cannot be replaced in one step
         old = written.with_name(f'{written.name}.old')
         os.replace(target, old)

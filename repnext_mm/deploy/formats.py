@@ -17,7 +17,7 @@ from . import exporters, inspection
 from .errors import DependencyError, UsageError
 from .exporters import Job
 
-#: What `--dynamic` takes.
+#: The values of `--dynamic`.
 DYNAMIC: tuple[str, ...] = ('none', 'batch', 'hw')
 
 
@@ -26,17 +26,17 @@ class Format:
     """One row of the table.
 
     Args:
-        name: What `--format` takes.
+        name: Its name in `--format`.
         suffix: What the name of an artifact ends with.
         title: One line for people.
         export: Writes an artifact to a path.
         operations: Counts the operations in an artifact.
         runtime: What runs an artifact here; None where nothing on this system can.
         dtypes: What `--dtype` may be, the default first.
-        dynamic: For each value of `--dynamic`, why it is refused; empty where it is taken.
+        dynamic: For each value of `--dynamic`, why it is refused; empty where it is accepted.
         packages: What must be installed, by import name.
         int8_packages: What `--dtype int8` needs besides.
-        options: Further options that this format takes.
+        options: Further options of this format.
         main: The file inside, for a format that is a folder.
         check: Says what to be warned of before anything is written.
         companions: Files of this package that are shipped beside an artifact.
@@ -67,7 +67,7 @@ class Format:
         return [line for module, line in needed.items() if not _installed(module, line)]
 
     def check_installed(self, dtype: str | None = None) -> None:
-        """Raise DependencyError, with the command that mends it, where a package is missing."""
+        """Raise DependencyError, with the command that fixes it, where a package is missing."""
         if missing := self.missing(dtype):
             raise DependencyError(
                 f'--format {self.name} needs {", ".join(missing)}, not installed here; '
@@ -80,8 +80,8 @@ class Format:
 
 
 FIXED_COREML = (
-    'its upsampling wants fixed sizes, and open ones cannot be verified without macOS; export one '
-    'artifact per size: --size 512,800x1344'
+    'its upsampling requires fixed sizes, and open ones cannot be verified without macOS; export '
+    'one artifact per size: --size 512,800x1344'
 )
 ONNX_PACKAGES = {
     'onnx': 'onnx>=1.18',
@@ -196,7 +196,7 @@ def install_command(requirements: Sequence[str]) -> str:
 
 
 def choose_formats(text: str) -> list[Format]:
-    """The formats of a comma list; `all` stands for those not marked as a bridge.
+    """The formats of a comma list; `all` means those not marked as a bridge.
 
     Raises:
         UsageError: A name is unknown; says which is close.

@@ -14,7 +14,7 @@ from ..runtimes.openvino import openvino_core
 
 
 def operations_pth(path: Path) -> Counter[str]:
-    """Modules that the weights belong to, told by their tensors."""
+    """Modules that the weights belong to, found from their tensors."""
     kinds: Counter[str] = Counter()
     for name, tensor in read_weights(path).tensors.items():
         if name.endswith('running_mean'):

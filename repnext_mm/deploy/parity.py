@@ -56,7 +56,7 @@ class OutputParity:
     passed: bool
 
     def as_record(self) -> dict[str, Any]:
-        """As it stands in report.json."""
+        """As it is in report.json."""
         record = asdict(self)
         record['pass'] = record.pop('passed')
         return record | {'shape': list(self.shape)}
@@ -111,7 +111,7 @@ def compare(
             error = got.astype(np.float64) - want
             max_abs = float(np.abs(error).max())
             max_rel = max_abs / max(float(want.std()), 1e-12)
-            # 300 dB is more than float64 can tell apart.
+            # 300 dB is more than float64 can resolve.
             energy = float((error**2).sum()) / max(float((want**2).sum()), 1e-30)
             sqnr_db = -10 * math.log10(max(energy, 1e-30))
         rows.append(
@@ -141,7 +141,7 @@ def check_artifact(
 def other_shapes(
     shape: tuple[int, int, int, int], dynamic: str, stride: int
 ) -> list[tuple[int, int, int, int]]:
-    """Shapes besides the one exported at that an artifact with open dimensions must take.
+    """Shapes besides the one exported at that an artifact with open dimensions must accept.
 
     Of heights and widths, one is odd and smaller, and one odd and larger.
     """

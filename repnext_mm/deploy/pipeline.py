@@ -72,7 +72,7 @@ class Options:
         sizes: Heights and widths; one set of artifacts for each.
         plan: How far to fuse; 'auto' measures, for each format, which exact plan is fastest.
         dtype: One for all formats; each format's own default where None.
-        preprocess: Whether artifacts take images as they were loaded.
+        preprocess: Whether artifacts require images as they were loaded.
         parity: Whether to run what was written.
         parity_input: An image to compare on, instead of noise.
         calib: Folder of images or config that int8 is calibrated on.
@@ -104,7 +104,7 @@ class Options:
     def tolerance(self, dtype: str) -> Tolerance:
         """What artifacts of this dtype must keep to."""
         if dtype == 'int8':
-            # The gate holds on average; the one image that is kept may lie lower.
+            # The gate holds on average; the one image that is kept may be lower.
             return Tolerance(sqnr_db=self.gate_db - 5)
         return TOLERANCES[dtype]
 
@@ -137,7 +137,7 @@ class Export:
         self.preprocess = self._preprocess()
         self.plans = {row.name: self._plan(row) for row in self.formats}
         self.fused = {plan: self._fuse(plan) for plan, _ in self.plans.values()}
-        # What is inexact was asked for by name: it is told, and what is exported is compared.
+        # What is inexact was asked for by name: it is reported, and what is exported is compared.
         inexact = [model for model in self.fused.values() if report_of(model).inexact]
         self.reference = inexact[0] if inexact else source.model
         self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
@@ -174,7 +174,7 @@ class Export:
         options = self.options
         if options.dtype and options.dtype not in row.dtypes:
             raise UsageError(
-                f'--dtype {options.dtype} is not possible for {row.name}; it takes '
+                f'--dtype {options.dtype} is not possible for {row.name}; it has '
                 f'{", ".join(row.dtypes)}.'
             )
         if reason := row.dynamic[options.dynamic]:
@@ -239,7 +239,7 @@ class Export:
         for kind in sorted({rewrite.exactness for rewrite in report_of(model).inexact}):
             self.warn(
                 f'plan {plan} is not exact ({INEXACT[kind]}): artifacts are compared with the '
-                'fused network, and proof_float64 in report.json tells how far that is off'
+                'fused network, and proof_float64 in report.json says how far that is off'
             )
         return model
 
@@ -350,7 +350,7 @@ class Export:
                     with disk_errors(self.folder):
                         self._one(row, job, goldens[name], partial, report)
                 except (ExportError, ParityError, DependencyError) as error:
-                    # Without its traceback, which holds files open that take up a full disk.
+                    # Without its traceback, which keeps files open that fill the disk.
                     self.failures.append((row.name, type(error)(str(error))))
                     self.say(f'      FAILED: {error}')
                     for left in partial.iterdir():
@@ -391,7 +391,9 @@ class Export:
             except (ValueError, RuntimeError) as error:
                 text = ' '.join(str(error).split())
                 if shape is job.shape:
-                    raise ModelError(f'{self.source.name} cannot take {shape}: {text}') from error
+                    raise ModelError(
+                        f'{self.source.name} cannot compute {shape}: {text}'
+                    ) from error
                 raise UsageError(
                     f'--dynamic {job.dynamic} is not possible for {self.source.name}: {text} '
                     'Export one artifact per size: --size 512,800x1344.'
@@ -508,7 +510,7 @@ class Export:
         return report.as_record()
 
     def _calibration(self, job: Job, size: tuple[int, int]) -> Sequence[np.ndarray]:
-        """Images as the artifact takes them; the first `HELD_OUT` are not calibrated on."""
+        """Images as the artifact requires them; the first `HELD_OUT` are not calibrated on."""
         assert self.options.calib is not None, 'refused before'
         return calibration_images(
             self.options.calib,
@@ -530,7 +532,7 @@ class Export:
                 runtime, precision = artifact.runtime, artifact.precision
         except ArtifactError as error:
             raise ExportError(
-                f'{row.name} was written, but its runtime does not take it: {error}'
+                f'{row.name} was written, but its runtime does not accept it: {error}'
             ) from error
         status = 'ok' if all(result.passed for result in results) else 'FAILED'
         return [result.as_record() for result in results], status, runtime, precision
@@ -597,7 +599,7 @@ def report_of(model: PyramidBackbone) -> FusionReport:
 def golden_name(
     size: tuple[int, int], batch: int, dtype: str, preprocess: Preprocess | None
 ) -> str:
-    """Artifacts that take the same images share what they are compared with."""
+    """Artifacts for the same images share what they are compared with."""
     # int8 is compared on an image of its own: it has no range for noise.
     kind = '_int8' if dtype == 'int8' else ''
     return f'golden_{size[0]}x{size[1]}_b{batch}{kind}{"_raw" if preprocess else ""}.npz'

@@ -73,7 +73,7 @@ class QuantizationReport:
     seconds: float = 0.0
 
     def as_record(self) -> dict[str, Any]:
-        """As it stands in report.json."""
+        """As it is in report.json."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -175,7 +175,7 @@ def quantize(
     Args:
         artifact: A float32 `.onnx` file, or an OpenVINO model (the folder or its `.xml`).
         out: Where to: a file or folder of the same kind, which does not exist yet.
-        images: `(1, 3, H, W)` float32, as the artifact takes them, see `calibration_images`.
+        images: `(1, 3, H, W)` float32, as the artifact requires them, see `calibration_images`.
         gate_db: Signal-to-noise ratio that every stage must keep on held-out images.
         metric: What must not drop; slow, so it is asked when the signal-to-noise ratio is met.
         calibrator: How ranges come from values: 'minmax', 'percentile', or 'entropy' (ONNX).
@@ -215,7 +215,7 @@ def quantize(
         metadata = opened.metadata
     if report.images < ENOUGH_IMAGES:
         report.warnings.append(
-            f'calibrated on {report.images} images; {ENOUGH_IMAGES} or more give ranges that '
+            f'calibrated on {report.images} images; {ENOUGH_IMAGES} or more have ranges that '
             'hold for others'
         )
     if metadata.get('weights') == 'random':
@@ -312,10 +312,10 @@ class _Search:
                     f'int8 does not pass its gate with {most} of {len(self.quantizer.layers)} '
                     f'layers in float ({self.report}); the worst alone is {order[0]} '
                     f'({self.report.damage_db[order[0]]:.1f} dB). Calibrate on images like those '
-                    'it will see, take another calibrator, or stay with a float dtype.'
+                    'it will see, use another calibrator, or stay with a float dtype.'
                 )
             fails, passes = passes, most
-        if fails:  # the prediction was too low: the fewest lie between
+        if fails:  # the prediction was too low: the fewest are between
             while passes - fails > 1:
                 middle = (fails + passes) // 2
                 if self._passes(given + order[:middle]):

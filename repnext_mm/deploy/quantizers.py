@@ -4,7 +4,7 @@ The layers are convolutions: weights in int8 with one scale per output channel, 
 uint8 with one scale per tensor, ranges from images. Everything else stays in float: activation
 functions, shortcuts, resizes, linear attention.
 
-One scale for a whole tensor wastes bits where channels differ in range. Where a convolution reads
+One scale for all of a tensor wastes bits where channels differ in range. Where a convolution reads
 what other convolutions alone write, ranges are made equal first: each channel is multiplied by a
 factor in the weights before and divided by it in the weights after, which changes nothing in
 float.
@@ -29,11 +29,11 @@ from .errors import DependencyError, UsageError
 
 CALIBRATORS = ('minmax', 'percentile', 'entropy')
 PERCENTILE = 99.99
-#: OpenVINO computes in bfloat16 where the processor can, unless told otherwise.
+#: OpenVINO computes in bfloat16 where the processor can, unless its options say otherwise.
 FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
 INT8_PACKAGES = {'.onnx': ('onnx', 'onnxruntime'), '.xml': ('openvino', 'nncf')}
 LARGEST_FACTOR = 1000.0  # for one channel
-#: Images that extremes of the layers' inputs are taken from, to try layers alone.
+#: Images whose extremes of the layers' inputs are used to try layers alone.
 RANGE_IMAGES = 8
 
 
@@ -369,7 +369,7 @@ class OpenVINOQuantizer(Quantizer):
                 self.model.clone(),
                 nncf.Dataset(range(len(self.images)), self._image),
                 subset_size=len(self.images),
-                # Bias correction takes most of the time, and gains less than 1 dB.
+                # Bias correction needs most of the time, and gains less than 1 dB.
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
                     overflow_fix=overflow.ENABLE if self.reduce_range else overflow.DISABLE,
                     disable_bias_correction=True,
@@ -468,7 +468,7 @@ def quantizer_for(source: Path, folder: Path, calibrator: str, reduce_range: boo
 
 
 def _layer_name(text: str) -> str:
-    """The module that a weight or an operation comes from, as far as its name tells."""
+    """The module that a weight or an operation comes from, as far as its name says."""
     return text.removeprefix('backbone.').removesuffix('.weight').split('/')[0]
 
 

@@ -98,17 +98,17 @@ class Report:
             self.data['parity'] += [
                 row for row in earlier.data['parity'] if row['path'] == record['path']
             ]
-        # Times were taken together; those of files that are replaced now are not theirs any more.
+        # Times were measured together; those of files that are replaced now are outdated.
         self.data['latency'] = [row for row in earlier.data['latency'] if row['path'] not in own]
         self.data['bench'] = earlier.data['bench']
 
     def save(self) -> None:
-        """Write report.json and report.md, each whole or not at all."""
+        """Write report.json and report.md, each completely or not at all."""
         write_text(self.folder / JSON_NAME, self.as_json() + '\n')
         write_text(self.folder / MARKDOWN_NAME, self.markdown())
 
     def as_json(self) -> str:
-        """What stands in report.json."""
+        """The content of report.json."""
         return json.dumps(_plain(self.data), indent=1, allow_nan=False)
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -165,7 +165,7 @@ class Report:
         return '\n'.join(lines)
 
     def _latency(self) -> list[str]:
-        """Lines on every measurement: picture, table, and how it was taken."""
+        """Lines on every measurement: picture, table, and how it was measured."""
         lines = []
         for bench in self.data['bench']:
             height, width = bench['size']

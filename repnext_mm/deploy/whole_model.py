@@ -42,14 +42,15 @@ def save_whole_model(
 ) -> tuple[Path, Path]:
     """Fuse the backbone inside a trained model and save all of it, with the config that loads it.
 
-    The derived config stands on its own, and differs from the given one in the backbone's `deploy`
-    and in naming no weights to start from. With it, mm's own tools take the checkpoint as they
-    take any.
+    The derived config is complete in one file, and differs from the given one in the backbone's
+    `deploy` and in naming no weights to start from. With it, mm's own tools read the checkpoint
+    as any other.
 
     Args:
         config: Config of the training.
         checkpoint: Checkpoint of the training.
-        out_dir: Where `<config>_<plan>.pth` and `<config>_<plan>.py` go, whole or not at all.
+        out_dir: Where `<config>_<plan>.pth` and `<config>_<plan>.py` are written, completely or
+            not at all.
         plan: 'upstream', 'full', or 'single' with what is inexact in it.
         force: Replace files that are there.
 

@@ -60,7 +60,7 @@ def enable_amp(cfg: Config, dtype: str | None) -> None:
 
     Args:
         cfg: Its `optim_wrapper.dtype`, if there is one, holds where `dtype` is None.
-        dtype: One of `AMP_DTYPES`; None takes the first where the config names none.
+        dtype: One of `AMP_DTYPES`; None is the first where the config names none.
 
     Raises:
         UserError: The config has an optimizer wrapper of another kind, or names another dtype.
@@ -98,7 +98,7 @@ def fit_amp_to_cpu(optim_wrapper: dict[str, Any]) -> str | None:
 def keep_float32_where_needed(model: nn.Module) -> None:
     """Let a detector train under autocast, for which mmcv's RoIAlign and nms lack kernels.
 
-    RoIAlign computes in float32 and hands on what autocast asks for; dense heads hand on
+    RoIAlign computes in float32 and returns what autocast asks for; dense heads return
     float32 scores and boxes.
     """
     for module in model.modules():

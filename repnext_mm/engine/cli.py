@@ -42,7 +42,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         nargs='?',
         const=LATEST,
         metavar='CKPT',
-        help='continue from CKPT, or without CKPT from the newest whole checkpoint of the work dir',
+        help='continue from CKPT, or without CKPT from the newest complete one of the work dir',
     )
     parser.add_argument(
         '--amp',
@@ -70,7 +70,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         nargs='+',
         metavar='ARTIFACT',
         help='run this exported backbone (.onnx, OpenVINO .xml) in place of the network; of '
-        'several with a fixed size, each image takes the smallest that it fits in',
+        'several with a fixed size, each image uses the smallest that it fits in',
     )
     parser.add_argument(
         '--precision',
@@ -102,7 +102,7 @@ class _Options(DictAction):
         try:
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, AssertionError):
-            parser.error(f'{option_string} takes KEY=VALUE pairs, not {" ".join(values)!r}')
+            parser.error(f'{option_string} requires KEY=VALUE pairs, not {" ".join(values)!r}')
 
 
 def _parser(tool: str, description: str) -> argparse.ArgumentParser:
@@ -122,7 +122,7 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
         default={},
         metavar='KEY=VALUE',
         help='override settings of the config: a.b=1 c="[1,2]" d=None; data_root=DIR moves every '
-        'data set and evaluator that lies under the data_root of the config',
+        'data set and evaluator under the data_root of the config',
     )
     parser.add_argument(
         '--device',
@@ -205,7 +205,7 @@ def _test(args: argparse.Namespace) -> None:
         if 'visualization' not in (cfg.get('default_hooks') or {}) or 'visualizer' not in cfg:
             raise UserError(
                 f'--show-dir needs a visualizer and default_hooks.visualization, which '
-                f'{args.config} does not have; take them from configs/_base_/'
+                f'{args.config} does not have; copy them from configs/_base_/'
                 f'{cfg.get("default_scope")}_runtime.py.'
             )
         cfg.default_hooks.visualization.update(draw=True, interval=1)
@@ -218,7 +218,7 @@ def _test(args: argparse.Namespace) -> None:
 
     runner = _build_runner(cfg)
     if args.backbone:
-        for line in introduce(getattr(runner.model, 'module', runner.model), cfg.load_from):
+        for line in introduce(getattr(runner.model, 'module', runner.model), checkpoint):
             _say(line)
     runner.register_hook(RequireFit())
     with keep_results(runner), passed_on(checkpoint):
@@ -236,7 +236,7 @@ def _test(args: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    """Print from the first process only, which launchers tell before the process group exists."""
+    """Print from the first process only, which launchers name before the process group exists."""
     if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
         print(line, flush=True)
 

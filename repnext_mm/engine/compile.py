@@ -12,8 +12,8 @@ from mmengine.registry import HOOKS
 class CompileBackbone(Hook):
     """Runs the model's backbones through `torch.compile`, in training and evaluation.
 
-    MMEngine's own `compile` option takes the whole training step, heads and losses with their
-    changing shapes included. This one takes the same keys, for the part whose shapes repeat:
+    MMEngine's own `compile` option compiles the complete training step, heads and losses with their
+    changing shapes included. This one has the same keys, for the part whose shapes repeat:
     `custom_hooks = [dict(type='CompileBackbone', mode='max-autotune')]`.
 
     Args:

@@ -17,7 +17,7 @@ SPLITS = ('train', 'val', 'test')
 def load_config(name: str, options: dict[str, Any], work_dir: str | None, launcher: str) -> Config:
     """The config that `name` means (see `look_up`) with `options` merged into it.
 
-    An option `data_root` moves every data set and evaluator that lies under the config's own
+    An option `data_root` moves every data set and evaluator under the config's own
     `data_root`; in plain MMEngine it would change a variable that nothing reads any more.
 
     Raises:

@@ -30,7 +30,7 @@ SAMPLE_CONFIG = {
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """Check the data sets of `splits` ('train', 'val', 'test') as far as a quick look can tell.
+    """Check the data sets of `splits` ('train', 'val', 'test') as far as a quick look shows.
 
     Raises:
         UserError: Files are missing, unreadable or empty, or do not fit the classes of the config.
@@ -106,8 +106,8 @@ def _check_coco(dataset: Any, cls: type, scope: str) -> Sequence[str]:
         raise UserError(
             f'no image of {ann_file} is left to use: it lists {len(images)} images, '
             f'{len(annotated)} of them with an object of the classes {_some(classes)}, and '
-            f'filter_cfg is {dict(dataset.get("filter_cfg") or {})}; mend the file, the classes or '
-            'the filter.'
+            f'filter_cfg is {dict(dataset.get("filter_cfg") or {})}; correct the file, the classes '
+            'or the filter.'
         )
     files = [images_dir / image['file_name'] for image in usable]
     _check_files(files, listed_in=str(ann_file))
@@ -193,7 +193,7 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 
 
 def _require_there(dataset: Any, paths: Sequence[Path], layout: str, scope: str) -> None:
-    """Each of `paths` exists; if the whole root is absent, say that and not its first file."""
+    """Each of `paths` exists; if the root itself is absent, say that and not its first file."""
     root = Path(dataset.get('data_root') or '.')
     missing = next((path for path in (root, *paths) if not path.exists()), None)
     if missing is not None:
@@ -301,7 +301,7 @@ def _check_labels(masks: Sequence[Path], highest: int, ignored: int) -> None:
         if found.size and found.max() > highest:
             raise UserError(
                 f'the label map {path} holds the label {found.max()}, but the classes of the '
-                f'config reach to {highest}; mend metainfo, reduce_zero_label or the file.'
+                f'config reach to {highest}; correct metainfo, reduce_zero_label or the file.'
             )
 
 

@@ -35,7 +35,7 @@ def choose_device(cfg: Config, device: str, launcher: str) -> str | None:
 
     Args:
         cfg: Changed in place.
-        device: 'auto' takes the CPU if there is no GPU, 'cuda' refuses to.
+        device: 'auto' uses the CPU if there is no GPU, 'cuda' refuses to.
         launcher: As in MMEngine: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one sentence on stderr, no traceback, a non-zero exit."""
+"""Errors that a user can fix: one sentence on stderr, no traceback, a non-zero exit."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
     (
         KeyError,
         r'([\w.]+) is not in the (\S+) registry',
-        'the config asks for type={0!r}, which is not registered in {1}; mend the name, or add the '
-        'package that defines it to custom_imports.',
+        'the config asks for type={0!r}, which is not registered in {1}; correct the name, or add '
+        'the package that defines it to custom_imports.',
     ),
     (
         torch.cuda.OutOfMemoryError,
@@ -45,7 +45,7 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one sentence with what, why and the fix."""
+    """Something the user can fix; the message is one sentence with what, why and the fix."""
 
     #: What a tool exits with.
     exit_code = 1
@@ -54,7 +54,7 @@ class UserError(Exception):
 def run_tool(main: Callable[[], None]) -> int:
     """Run the body of a command line tool and return its exit code.
 
-    An error that the user can mend is printed as one sentence. Any other is a bug and keeps its
+    An error that the user can fix is printed as one sentence. Any other is a bug and keeps its
     traceback, and with REPNEXT_MM_TRACEBACK=1 in the environment so does every one. Known messages
     of other packages that are no help are left out, see `quiet`.
     """
@@ -76,7 +76,7 @@ def run_tool(main: Callable[[], None]) -> int:
 
 
 def explain(error: BaseException) -> str | None:
-    """The sentence for an error that the user can mend, or None for a bug."""
+    """The sentence for an error that the user can fix, or None for a bug."""
     for link in _chain(error):
         if isinstance(link, UserError) or _is_ours(link):
             return _one_line(link)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..checkpoints import RunCheckpoint
 from ..runtimes import Artifact, ArtifactError, open_artifact, shown_shape
 
 TRIAL = 128  # pixels: a multiple of every stride
@@ -24,7 +24,7 @@ class ExportedBackbone(BaseModule):
     """Runs exported backbones, so that the figures of a test are those of the file that ships.
 
     It has no weights: a checkpoint's are used for neck and head, its backbone's are passed over.
-    Files that take one size only serve as buckets: an image goes into the smallest that it fits
+    Files for one size are buckets: an image goes into the smallest that it fits
     in, padded with zeros on the right and below, and the features are cropped to the image.
     A batch is run in pieces of the batch size that the file was made for.
 
@@ -35,7 +35,7 @@ class ExportedBackbone(BaseModule):
         threads: Number of threads to compute on; PyTorch's when None.
 
     Raises:
-        ArtifactError: A file cannot be opened, does not give feature maps, or differs from the
+        ArtifactError: A file cannot be opened, does not return feature maps, or differs from the
             others.
     """
 
@@ -60,7 +60,7 @@ class ExportedBackbone(BaseModule):
         for each, maps in zip(self.artifacts, found):
             if maps != found[0]:
                 raise ArtifactError(
-                    f'{each.path} gives {_described(maps)}, but {self.artifacts[0].path} gives '
+                    f'{each.path} returns {_described(maps)}, but {self.artifacts[0].path} returns '
                     f'{_described(found[0])}; give files of one network.'
                 )
         self.out_channels, self.out_strides = found[0]
@@ -70,7 +70,7 @@ class ExportedBackbone(BaseModule):
         """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage.
 
         Raises:
-            ArtifactError: In training mode, no file takes images of this size, or one fails.
+            ArtifactError: In training mode, no file accepts images of this size, or one fails.
         """
         if self.training:
             raise ArtifactError(
@@ -109,7 +109,7 @@ class ExportedBackbone(BaseModule):
         return min(fitting, key=area)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Pass over the weights of the network that the file stands for."""
+        """Ignore the weights of the network that the file replaces."""
 
     def __repr__(self) -> str:
         files = ', '.join(str(artifact.path) for artifact in self.artifacts)
@@ -131,19 +131,19 @@ def put_in_place(cfg: Config, artifacts: Sequence[str], precision: str | None) -
     )
 
 
-def introduce(model: Any, checkpoint: str) -> list[str]:
+def introduce(model: Any, checkpoint: RunCheckpoint) -> list[str]:
     """Check that the exported backbone in `model` fits; returns lines for the user about it.
 
     Args:
         model: Detector or segmentor.
-        checkpoint: The file that neck and head are loaded from.
+        checkpoint: What neck and head are loaded from.
 
     Raises:
-        ArtifactError: Its feature maps are not those that the neck, or the head without one, takes.
+        ArtifactError: Its feature maps are not those that the neck, or the head without one,
+            requires.
     """
     _check_fit(model)
     lines = []
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     for artifact in model.backbone.artifacts:
         meta = artifact.metadata
         network = ' '.join(str(meta[k]) for k in ('family', 'arch') if k in meta) or 'unnamed'
@@ -154,10 +154,10 @@ def introduce(model: Any, checkpoint: str) -> list[str]:
         )
         if meta.get('weights') == 'random':
             lines.append(f'warning: {artifact.path} was exported with random weights.')
-        elif meta.get('checkpoint_sha256', digest) != digest:
+        elif meta.get('checkpoint_sha256', checkpoint.sha256) != checkpoint.sha256:
             lines.append(
-                f'warning: {artifact.path} was exported from another checkpoint than {checkpoint}, '
-                'whose neck and head may not know its features.'
+                f'warning: {artifact.path} was exported from another checkpoint than '
+                f'{checkpoint.path}, whose neck and head may not know its features.'
             )
     return lines
 
@@ -176,14 +176,14 @@ def _check_fit(model: Any) -> None:
         picked = consumer.in_index
         picked = [picked] if isinstance(picked, int) else picked
         given = tuple(given[i] for i in picked if -len(given) <= i < len(given))
-    elif isinstance(wanted, int):  # a neck that takes the last stage
+    elif isinstance(wanted, int):  # a neck that uses the last stage
         given = given[-1:]
     wanted = (wanted,) if isinstance(wanted, int) else tuple(wanted)
     if given != wanted:
         raise ArtifactError(
-            f'{backbone.artifacts[0].path} gives stages of {_listed(given)} channels, and the '
-            f'{type(consumer).__name__} of the config takes {_listed(wanted)}; export the backbone '
-            'of this config.'
+            f'{backbone.artifacts[0].path} returns stages of {_listed(given)} channels, and the '
+            f'{type(consumer).__name__} of the config requires {_listed(wanted)}; export the '
+            'backbone of this config.'
         )
 
 
@@ -195,20 +195,20 @@ def _try(artifact: Artifact) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for name, output in zip(artifact.output_names, outputs, strict=True):
         if output.ndim != 4 or len(output) != shape[0] or 0 in output.shape:
             raise ArtifactError(
-                f'{artifact.path} gives {name} of shape {shown_shape(output.shape)} for images '
+                f'{artifact.path} returns {name} of shape {shown_shape(output.shape)} for images '
                 f'{shown_shape(shape)}, which is no feature map (N, C, H, W).'
             )
         if not np.isfinite(output).all():
             raise ArtifactError(
-                f'{artifact.path} gives NaN or infinity in {name}; its numbers do not reach as far '
-                'as the network needs, or it is damaged.'
+                f'{artifact.path} returns NaN or infinity in {name}; its numbers do not reach as '
+                'far as the network needs, or it is damaged.'
             )
     channels = tuple(output.shape[1] for output in outputs)
     strides = tuple(round(shape[2] / output.shape[2]) for output in outputs)
     for name, output, stride in zip(artifact.output_names, outputs, strides):
         if output.shape[2:] != tuple(-(-side // stride) for side in shape[2:]):
             raise ArtifactError(
-                f'{artifact.path} gives {name} of shape {shown_shape(output.shape)} for images '
+                f'{artifact.path} returns {name} of shape {shown_shape(output.shape)} for images '
                 f'{shown_shape(shape)}, which no stride explains.'
             )
     return channels, strides

@@ -1,6 +1,6 @@
 """What other packages print that nobody can act on, quoted text by text, and left out by the tools.
 
-Each row quotes one whole message, as a regular expression, with the reason why it is no help. An
+Each row quotes one complete message, as a regular expression, with the reason why it is no help. An
 unknown text, an error and whatever this package or the user's code says always show. A user's own
 program that imports this package keeps its warnings as they are; log files keep every line.
 """
@@ -105,7 +105,7 @@ LOGGED = (
     Logged(
         logging.INFO,
         r'\n-+\nSystem environment:\n.*',
-        'for a bug report, which takes it from the log file',
+        'for a bug report, which contains the log file',
     ),
     Logged(logging.INFO, r'Config:\n.*', 'hundreds of lines that the work dir has as a file'),
     Logged(
@@ -171,7 +171,7 @@ PRINTED = (
         "the tool's own line names the file",
     ),
 )
-#: What is left out of the output of exporters and quantizers, of which `muffled` takes hold.
+#: What is left out of the output of exporters and quantizers, which `muffled` catches.
 CHATTER = (
     Printed(
         r'scikit-learn version \S+ is not supported\. Minimum required version: \S+ Maximum '
@@ -337,7 +337,7 @@ class _Screen:
 
 
 class _Held(io.StringIO):
-    """What is written while `muffled` holds it back; afterwards, what `sys` has takes it.
+    """What is written while `muffled` keeps it; afterwards it goes where `sys` writes.
 
     Loggers that are set up meanwhile keep writing to it.
     """

@@ -75,7 +75,7 @@ def read_resumable(path: str | Path) -> RunCheckpoint | str:
 
 
 def checkpoints_newest_first(work_dir: str | Path, hook_cfg: dict) -> Iterator[Path]:
-    """The regular checkpoints of a run, told by the numbers in their names.
+    """The regular checkpoints of a run, found by the numbers in their names.
 
     `last_checkpoint`, which mmengine follows, is not read: a kill can leave it empty, half-written
     or one behind.
@@ -127,7 +127,7 @@ def require_fit(
         raise UserError(
             f'{path} does not fit the config: {matched} of the {len(own)} '
             f'entries of the model match, {unfit} is the first that does not; use the config '
-            'that the checkpoint was trained with, it lies beside it in the work dir.'
+            'that the checkpoint was trained with, which is beside it in the work dir.'
         )
 
 

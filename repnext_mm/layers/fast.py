@@ -352,7 +352,7 @@ def _splits(x: Tensor, weight: Tensor, stride: int) -> bool:
 
 
 class _SplitGradient(torch.autograd.Function):
-    """Stride 1, channels_last; the weight's gradient is taken by groups of its columns."""
+    """Stride 1, channels_last; the weight's gradient is computed by groups of its columns."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Results recomputed in backward instead of kept: of whole blocks, or of single operations."""
+"""Results recomputed in backward instead of kept: of complete blocks, or of single operations."""
 
 from __future__ import annotations
 

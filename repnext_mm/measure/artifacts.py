@@ -63,7 +63,7 @@ class Subject:
     Args:
         name: Unique, for people.
         worker: Process that it runs in; one per runtime.
-        spec: What `open_subject` takes.
+        spec: The argument of `open_subject`.
         reference: Name of the row with plan `upstream` in the same runtime and precision; of
             float32 where the artifact is int8.
         path: The artifact, relative to its folder.
@@ -141,7 +141,7 @@ class Network:
         return reparameterize(model, plan, accept_inexact=True)
 
     def spec(self, plan: Plan, **options: Any) -> Record:
-        """As `open_subject` takes it."""
+        """The argument of `open_subject`."""
         return {
             'family': self.family.__name__,
             'arch': self.arch,

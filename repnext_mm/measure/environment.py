@@ -21,7 +21,7 @@ ISA_FLAGS = (
 )
 #: Above this load per core, figures are no headline.
 MAX_LOAD = 0.5
-#: What others may use of each core while we measure, where the kernel tells it.
+#: What others may use of each core while we measure, where the kernel reports it.
 MAX_OTHERS = 0.1
 #: Distributions by what they are called here; the two stacks name theirs differently.
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 def describe(packages: Sequence[str] = ()) -> dict[str, Any]:
     """The environment as JSON values; `packages` are reported besides torch, mmengine and timm.
 
-    What the system does not tell (a clock governor inside a virtual machine) is None.
+    What the system does not report (a clock governor inside a virtual machine) is None.
     """
     return {
         'cpu': cpu_model(),
@@ -89,7 +89,7 @@ def isa_flags() -> list[str]:
 
 
 def load_average() -> float | None:
-    """Processes that wanted a core, averaged over the last minute."""
+    """Processes that were ready to run, averaged over the last minute."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):  # Windows has no such function
@@ -144,8 +144,8 @@ def _read(path: str) -> str | None:
 class LoadWatch:
     """Says whether the machine was quiet enough between its making and `report`.
 
-    The load average lags by a minute and counts ourselves. Where the kernel tells (Linux), what
-    others used of the cores while we measured decides instead.
+    The load average lags by a minute and counts ourselves. Where the kernel reports it (Linux),
+    what others used of the cores while we measured decides instead.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def saved_bytes(function: Callable[[], Any], ignore: Iterable[Tensor] = ()) -> int:
     """Bytes that `function` keeps for its backward pass.
 
-    Every storage counts once and whole, however many views of it are kept. Storages of the
+    Every storage counts once and completely, however many views of it are kept. Storages of the
     tensors to `ignore` (parameters, inputs) do not count: they are there anyway. What is
     recomputed in backward does not count either, nor does what is kept outside of
     `save_for_backward`.

@@ -178,7 +178,7 @@ class Trial:
         sum(output.float().square().mean() for output in outputs).backward()
 
     def memory(self) -> int | None:
-        """Bytes that a step keeps for backward (CPU) or takes (GPU); none in inference on a CPU."""
+        """Bytes that a step keeps for backward (CPU) or allocates (GPU); None: inference on a CPU."""
         if self.train:
             known = [] if self.counts_input else [self.image]
             return step_memory(self.forward, self.run, self.model, self.image.device, known)
@@ -203,7 +203,7 @@ def measure(
         comparison = compare(runners, twins, None, settings.schedule, deadline)
     except ValueError as error:
         shape = 'x'.join(map(str, subject.shape))
-        raise ValueError(f'{subject.name} cannot take {shape}: {error}') from error
+        raise ValueError(f'{subject.name} cannot compute {shape}: {error}') from error
     more = {
         name: {'build_ms': 1e3 * trial.build_s, 'memory_bytes': trial.memory()}
         for name, trial in trials.items()
@@ -225,11 +225,11 @@ def run(
 ) -> Record:
     """What a sub-command of the tool does with the networks or layers of these `names`.
 
-    `say` takes a line about each before its measurement.
+    `say` receives a line about each before its measurement.
 
     No `variants` means every form in both memory formats. Returns JSON values: `schema_version`,
     `command`, `settings`, `environment`, `load` (`headline` False means that the machine was too
-    busy to tell anybody the figures) and `comparisons`, one per name.
+    busy to publish the figures) and `comparisons`, one per name.
 
     Raises:
         ValueError: A name, variant or setting is not allowed.
@@ -331,7 +331,7 @@ LAYERS: dict[str, dict[str, Callable[[int], nn.Module]]] = {
 
 
 def layer(name: str, settings: Settings) -> Subject:
-    """Forward and backward of single layers, whose input takes part in the gradients."""
+    """Forward and backward of single layers, whose input is part of the gradients."""
     if name not in LAYERS:
         raise ValueError(f'{name!r} is no layer to time; choose out of {", ".join(LAYERS)}.')
     forms = {
@@ -347,7 +347,7 @@ def _with_input_gradient(build: Callable[[int], nn.Module], channels: int) -> nn
 
 
 class _InputGradient(nn.Module):
-    """A layer as it stands inside a network, where gradients flow on to what came before."""
+    """A layer as it is inside a network, where gradients flow on to what came before."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 A machine's speed drifts by more than what one wants to measure. So all variants run in every
 round, forwards and backwards in turn (A B, B A, ...), and what is reported is the median over the
-rounds of the ratio to the reference in the same round. The reference against itself gives the noise
+rounds of the ratio to the reference in the same round. The reference against itself is the noise
 floor.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-#: Fewer samples give no percentile: MLPerf's early stopping wants 64 for p90 and 662 for p99.
+#: Fewer samples have no percentile: MLPerf's early stopping requires 64 for p90 and 662 for p99.
 PERCENTILE_FLOORS = {50: 1, 90: 64, 99: 662}
 #: Interquartile range / median from which torch.utils.benchmark calls a measurement so.
 NOISE = {'gross': 0.25, 'noisy': 0.10}
@@ -72,7 +72,7 @@ class Schedule:
         lead_in: So many runs at the start of a turn do not count: they find the caches and the
             allocator as another variant left them, which no run of its own ever does.
         warmup_window: Warm-up ends when so many turns in a row ...
-        warmup_tolerance: ... lie within this share of their median,
+        warmup_tolerance: ... are within this share of their median,
         warmup_cap_s: or after this long.
         budget_s: Bound for warm-up, noise floor and measurement together. Two rounds are run
             whatever it says.
@@ -158,7 +158,7 @@ def paired_ratio(samples: Samples, reference: Samples) -> Ratio:
 
 @dataclass(frozen=True)
 class Floor:
-    """Ratio of the reference to itself; closer to 1 than its interval, nothing can be told."""
+    """Ratio of the reference to itself; closer to 1 than its interval, nothing can be said."""
 
     ratio: Ratio
 
@@ -198,7 +198,7 @@ class Deadline:
 def warm_up(
     runners: Mapping[str, Runner], schedule: Schedule, deadline: Deadline | None = None
 ) -> dict[str, Samples]:
-    """Run every variant until its times stand still, for 30 % of the time to the deadline at most.
+    """Run every variant until its times are steady, for 30 % of the time to the deadline at most.
 
     The first runs, which may compile, come before that.
     """
@@ -244,8 +244,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Run all variants in turns, the order reversed from round to round.
 
-    `warm` is what `warm_up` gave. Stops after `schedule.rounds`, or before a round that would end
-    after `deadline`.
+    `warm` is what `warm_up` returned. Stops after `schedule.rounds`, or before a round that would
+    end after `deadline`.
     """
     deadline = deadline or Deadline(None)
     samples = {name: replace(warm[name], rounds=[]) for name in runners}

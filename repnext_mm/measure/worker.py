@@ -1,4 +1,4 @@
-"""A process that times what it is told to, so that no runtime's threads disturb another's.
+"""A process that times what it is asked to, so that no runtime's threads disturb another's.
 
 It reads one JSON object per line and answers each with one; `python -m repnext_mm.measure.worker`.
 `{"open": name, "spec": {...}}` answers with `load_s`, `first_s`, `runtime` and `precision`;

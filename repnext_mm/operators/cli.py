@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         help="write torchvision's operators into mmcv-lite, for tools that do not import "
         'repnext_mm, such as those of mmdet and mmseg',
     )
-    action.add_argument('--remove', action='store_true', help='take them back')
+    action.add_argument('--remove', action='store_true', help='remove them')
     args = parser.parse_args(argv)
     try:
         if args.install:
@@ -93,7 +93,7 @@ def _install() -> None:
         raise _Refusal(_not_allowed('write', mmcv.ext, error)) from error
     print(
         f'{mmcv.ext} written: every program that imports mmcv.ops now uses the operators of '
-        'torchvision; `repnext-mm operators --remove` takes it back, also before you uninstall '
+        'torchvision; `repnext-mm operators --remove` removes it, also before you uninstall '
         'mmcv-lite.'
     )
 

@@ -82,5 +82,5 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     return missing
 
 
-# `from ... import *` takes __getattr__ along, so that it works in a file of that one line.
+# `from ... import *` imports __getattr__ too, so that it works in a file of that one line.
 __all__ = ['__getattr__', *OPERATORS]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from .installation import EXT, Mmcv
+from .names import EXT
 
 
 class _Finder:
@@ -23,6 +23,8 @@ class _Finder:
         if name == EXT:
             return ModuleSpec(name, self, origin='repnext_mm.operators')  # type: ignore[arg-type]
         if name.startswith('mmcv.'):
+            from .installation import Mmcv
+
             mmcv = Mmcv.find()
             # A submodule that mmcv lacks is no business of ours, unless mmcv was half removed.
             if mmcv and mmcv.missing_parts():
@@ -38,6 +40,8 @@ class _Finder:
         Raises:
             ImportError: mmcv or torchvision is badly installed; one sentence with the fix.
         """
+        from .installation import Mmcv
+
         mmcv = Mmcv.find()
         problem = mmcv and (mmcv.damage() or mmcv.foreign())
         if problem:

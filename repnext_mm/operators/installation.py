@@ -10,15 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-#: The compiled module of mmcv.
-EXT = 'mmcv._ext'
+from .names import EXT
+
 LITE = 'mmcv-lite==2.1.0'
 #: Distributions that install the package mmcv.
 DISTRIBUTIONS = ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv')
 #: The two ways to mmcv's own operators.
 TO_COMPILED = (
     'uninstall mmcv-lite and either build mmcv with a C++ compiler (`MMCV_WITH_OPS=1 pip install '
-    '--no-build-isolation --no-binary mmcv mmcv==2.1.0`), or take torch 2.1 and a wheel that '
+    '--no-build-isolation --no-binary mmcv mmcv==2.1.0`), or use torch 2.1 and a wheel that '
     'OpenMMLab built for it (`pip install mmcv==2.1.0 -f '
     'https://download.openmmlab.com/mmcv/dist/cu121/torch2.1/index.html`)'
 )
@@ -60,7 +60,7 @@ class Mmcv:
 
     @classmethod
     def find(cls) -> Mmcv | None:
-        """The mmcv that `import mmcv` would take, or None."""
+        """The mmcv that `import mmcv` would import, or None."""
         spec = importlib.util.find_spec('mmcv')
         if spec is None or not spec.submodule_search_locations:
             return None
@@ -163,7 +163,7 @@ def explain(error: BaseException) -> str | None:
 def describe() -> Operators:
     """Say which operators are in use, by importing them.
 
-    A bad installation is told in `problem`; nothing is raised.
+    A bad installation is described in `problem`; nothing is raised.
     """
     mmcv = Mmcv.find()
     if mmcv is None:

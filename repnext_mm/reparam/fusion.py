@@ -1,4 +1,4 @@
-"""Fusing networks: what a layer offers, the walk over all layers, and whole models.
+"""Fusing networks: what a layer offers, the walk over all layers, and complete models.
 
 A layer that is `Fusible` returns its cheaper equivalent under a plan, and notes each rewrite.
 """

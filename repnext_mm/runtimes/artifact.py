@@ -40,7 +40,7 @@ class Artifact(ABC):
 
     Attributes:
         path: The file.
-        input_shape: `(N, 3, H, W)`; None where any number is taken.
+        input_shape: `(N, 3, H, W)`; None where any number is accepted.
         output_names: One per output.
         metadata: What the exporter wrote into the file; empty for another tool's file.
         precision: What it really computes in: 'f32', 'bf16', 'f16' or 'int8'.
@@ -65,18 +65,18 @@ class Artifact(ABC):
 
     @abstractmethod
     def infer(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        """The outputs for a checked batch, as the runtime gives them."""
+        """The outputs for a checked batch, as the runtime returns them."""
 
     def run(self, images: np.ndarray | Tensor) -> list[np.ndarray]:
         """`(N, 3, H, W)` float32, normalised, to one float32 `(N, C_i, H_i, W_i)` per output.
 
         Raises:
-            ArtifactError: The file does not take this shape, or its runtime fails on it.
+            ArtifactError: The file does not accept this shape, or its runtime fails on it.
         """
         batch = images.detach().cpu().numpy() if isinstance(images, Tensor) else images
         if not self.takes(batch.shape):
             raise ArtifactError(
-                f'{self.path} takes images of shape {shown_shape(self.input_shape)}, '
+                f'{self.path} requires images of shape {shown_shape(self.input_shape)}, '
                 f'not {shown_shape(batch.shape)}.'
             )
         try:
@@ -134,8 +134,8 @@ def read_metadata(artifact: Artifact, properties: dict[str, Any]) -> dict[str, A
 def check_inputs(artifact: Artifact, names: Sequence[str]) -> None:
     if len(names) != 1:
         raise ArtifactError(
-            f'{artifact.path} takes {len(names)} inputs ({", ".join(names)}), and a backbone takes '
-            'one, the image.'
+            f'{artifact.path} requires {len(names)} inputs ({", ".join(names)}), and a backbone '
+            'has one, the image.'
         )
 
 

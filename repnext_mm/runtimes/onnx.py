@@ -38,7 +38,7 @@ class ONNXArtifact(Artifact):
         options.log_severity_level = 4  # errors are raised
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        # Idle workers that spin take the cores from PyTorch, which runs the rest of a detector.
+        # Idle workers that spin keep the cores from PyTorch, which runs the rest of a detector.
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         # Its own retry prints to stdout, with the same providers.
         self.session = ort.InferenceSession(
@@ -55,7 +55,7 @@ class ONNXArtifact(Artifact):
         )
         if self.input_type is None:
             raise ArtifactError(
-                f'{self.path} takes {inputs[0].type}, and images are tensor(float).'
+                f'{self.path} requires {inputs[0].type}, and images are tensor(float).'
             )
         stated = PRECISIONS.get(self.metadata.get('dtype', inputs[0].type), 'f32')
         # Its CPU kernels for x86 have no float16: it converts to float32 and back around each.

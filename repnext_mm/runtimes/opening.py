@@ -42,7 +42,7 @@ def open_artifact(
         path: An `.onnx` file, an OpenVINO `.xml` file or the folder with it, a `.pt2` file
             (exported program or AOTInductor package), a `.torchscript` or a fused `.pth` file.
         threads: Number of threads to compute on; the runtime chooses when None. In PyTorch's
-            formats it is set for the whole process.
+            formats it is set for the complete process.
         precision: What OpenVINO computes in: 'f32' (when None), 'bf16' or 'f16'. The other
             runtimes compute in what the file says.
         providers: ONNX Runtime's execution providers; the CPU's when None.
@@ -77,7 +77,7 @@ def open_artifact(
 
 
 def _find(path: Path) -> Path:
-    """The file to open; in a folder that OpenVINO's files lie in, the `.xml` of them."""
+    """The file to open; in a folder with OpenVINO's files, the `.xml` of them."""
     if path.is_dir() and path.suffix != '.mlpackage':
         found = sorted(path.glob('*.xml'))
         if len(found) != 1:
@@ -95,9 +95,7 @@ def _kind(path: Path) -> type[Artifact]:
         return AOTInductorArtifact if is_compiled(path) else ExportedProgramArtifact
     if path.suffix == '.mlpackage':
         raise ArtifactError(f'{path} is a Core ML package, which runs on macOS only.')
-    raise ArtifactError(
-        f'{path} has no ending that tells its format; there are {", ".join(KINDS)} and .pt2.'
-    )
+    raise ArtifactError(f'{path} has no suffix of a format; there are {", ".join(KINDS)} and .pt2.')
 
 
 def _check_interface(artifact: Artifact) -> None:
@@ -105,5 +103,6 @@ def _check_interface(artifact: Artifact) -> None:
     if len(shape) != 4 or shape[1] not in (None, 3):
         artifact.close()
         raise ArtifactError(
-            f'{artifact.path} takes {shown_shape(shape)}, and a backbone takes images (N, 3, H, W).'
+            f'{artifact.path} requires {shown_shape(shape)}, and a backbone requires images '
+            '(N, 3, H, W).'
         )

@@ -1,6 +1,6 @@
 """OpenVINO models on the CPU, without harm to the signals of the process.
 
-Each core's CPU plugin gives the process another stack for signal handlers, and puts the former one
+Each core's CPU plugin sets another stack for the process's signal handlers, and puts the former one
 back when it ends. Where cores end in the order in which they began, the one put back is gone by
 then, and the next signal that Python handles, be it Ctrl-C or the end of a data loader's worker,
 is a segmentation fault (seen with OpenVINO 2026.4.1).
@@ -43,7 +43,7 @@ class OpenVINOArtifact(Artifact):
             raise ArtifactError(
                 f'precision={precision!r} is not allowed; OpenVINO computes in f32, bf16 or f16.'
             )
-        # Left alone, it takes bfloat16 where the CPU has it.
+        # By default it uses bfloat16 where the CPU has it.
         options: dict[str, Any] = {
             'PERFORMANCE_HINT': 'LATENCY',
             'INFERENCE_PRECISION_HINT': precision,

@@ -65,7 +65,7 @@ class ExportedProgramArtifact(TorchArtifact):
         extra = {METADATA_KEY: ''}
         program = torch.export.load(self.path, extra_files=extra)
         # Its guards say more than which sizes fit: that maps which tracing saw with more than one
-        # pixel never have just one, though the operations take either. Older torch makes none.
+        # pixel never have just one, though the operations accept either. Older torch makes none.
         has_guards = 'check_guards' in inspect.signature(program.module).parameters
         self.module = program.module(**({'check_guards': False} if has_guards else {}))
         self.metadata = read_metadata(self, extra)

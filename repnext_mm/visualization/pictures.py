@@ -136,7 +136,7 @@ def _draw(axes: Any, image: np.ndarray, regions: list[Region], colours: np.ndarr
         if region.mask.any():
             axes.contour(region.mask, levels=[0.5], colors=[colour], linewidths=1)
         x1, y1, x2, y2 = region.box
-        # Pixel centres lie at whole numbers in matplotlib, pixel borders in boxes.
+        # Pixel centers are at integers in matplotlib, pixel borders in boxes.
         corner = (x1 - 0.5, y1 - 0.5)
         axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=colour))
         if region.score is not None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script(shell: str) -> str:
-    """The completion script of a shell, for the whole command."""
+    """The completion script of a shell, for the complete command."""
     import shtab
 
     from repnext_mm.configs import config_names

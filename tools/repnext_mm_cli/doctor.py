@@ -143,13 +143,13 @@ TROUBLES = (
     (
         'mmdet|mmseg',
         r'MMCV==(\S+) is used but incompatible',
-        '{name} refuses the installed mmcv {0}: its releases take mmcv from 2.0 to below 2.2.',
+        '{name} refuses the installed mmcv {0}: its releases require mmcv from 2.0 to below 2.2.',
         'mmcv',
     ),
     (
         'mmdet|mmseg',
         r'MMEngine==(\S+) is used but incompatible',
-        '{name} refuses the installed mmengine {0}: it takes mmengine below 1.0.',
+        '{name} refuses the installed mmengine {0}: it requires mmengine below 1.0.',
         'mmengine',
     ),
     (
