@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +78,14 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - mm's transforms draw from it
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Callable[[], list[str]]:
+    """Lines that went to MMEngine's current logger."""
+    file = tmp_path / 'mmengine.log'
+    MMLogger.get_instance(uuid.uuid4().hex, log_file=str(file))
+    return lambda: file.read_text().splitlines()
 
 
 @pytest.fixture(scope='session')

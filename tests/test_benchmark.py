@@ -279,7 +279,7 @@ def test_the_tool_shows_a_table_and_writes_a_file(tmp_path: Path) -> None:
         (['train-step', 'repnext_m44'], "Did you mean 'repnext_m4'?"),
         (['inference', 'repnext_m0', '--size', '5l2'], "size '5l2' must be one whole number"),
         (['inference', 'repnext_m0', '--variants', 'exat'], "'exat' is not one of upstream, full"),
-        (['train-step', 'repnext_m0', '--size', '32', '--batch', '1'], 'cannot take 1x3x32x32'),
+        (['train-step', 'repnext_m0', '--size', '32', '--batch', '1'], 'cannot compute 1x3x32x32'),
         (['layers', 'gello'], "'gello' is no layer to time"),
         (['layers', 'gelu', '--batch', '0'], 'batch=0'),
         (['layers', 'gelu', '--threads', '0'], '--threads 0 must be at least 1'),

@@ -451,7 +451,7 @@ def test_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> No
     argv = ('repnext_m0', '--size', 64, '--format', 'pth,torchscript', '--work-dir', small_disk)
     assert deploy(*argv) == 5
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f'error: {small_disk} cannot take the files (')
+    assert error.startswith(f'error: {small_disk} has no space for the files (')
     assert error.endswith('free some space, or give another --work-dir.')
     # What was half-written is gone, so that there is room to report the failure.
     assert contents(small_disk) == {'golden_64x64_b1.npz', 'report.json', 'report.md'}

@@ -140,7 +140,7 @@ def test_a_worker_answers_runs_and_survives_errors(worker: Worker, folder: Path)
     assert opened['first_s'] > 0
     with pytest.raises(BenchError, match='there is no file'):
         worker.ask({'open': 'b', 'spec': spec | {'path': str(folder / 'none.onnx')}})
-    with pytest.raises(BenchError, match='takes images of shape'):
+    with pytest.raises(BenchError, match='requires images of shape'):
         worker.ask({'open': 'b', 'spec': spec | {'shape': (1, 3, 32, 32)}})
     seconds = worker.ask({'run': 'a', 'n': 3})['seconds']
     assert len(seconds) == 3

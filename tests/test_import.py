@@ -19,7 +19,10 @@ from repnext_mm import lazy
 LATER = (
     *('timm', 'torchvision', 'cv2', 'mmcv', 'mmdet', 'mmseg', 'matplotlib', 'onnx', 'openvino'),
     *('mmengine.model', 'mmengine.optim', 'mmengine.runner', 'mmengine.hooks', 'mmengine.dataset'),
-    *(f'repnext_mm.{name}' for name in ('backbones', 'layers', 'engine', 'deploy', 'timing')),
+    *(
+        f'repnext_mm.{name}'
+        for name in ('backbones', 'layers', 'engine', 'deploy', 'measure', 'runtimes')
+    ),
 )
 
 

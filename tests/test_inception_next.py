@@ -6,13 +6,10 @@ import pytest
 import timm
 import torch
 from conftest import randomise
-from hypothesis import given
-from hypothesis import strategies as st
 from networks import TINY, tiny
 from torch import nn
 
 from repnext_mm import InceptionNeXt, reparameterize
-from repnext_mm.reparam import kernels
 
 ARCHS = pytest.mark.parametrize('arch', InceptionNeXt.arch_zoo)
 
@@ -77,27 +74,6 @@ def test_single_is_one_depthwise_convolution_per_mixer(band):
         assert type(mixer) is nn.Conv2d
         assert mixer.kernel_size == (band, band)
         assert mixer.groups == mixer.out_channels
-
-
-@given(
-    st.integers(0, 2**31),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.integers(3, 9),
-    st.integers(1, 3),
-)
-def test_a_norm_folds_forward_into_an_unpadded_convolution(seed, cin, cout, k, side, stride):
-    torch.manual_seed(seed)
-    x = torch.randn(2, cin, side, side + 1, dtype=torch.float64)
-    weight, bias = torch.randn(cout, cin, k, k).double(), torch.randn(cout).double()
-    scale, shift = torch.randn(cin).double(), torch.randn(cin).double()
-    normed = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-    folded = kernels.fold_input(weight, bias, scale, shift, padded=False)
-    torch.testing.assert_close(
-        nn.functional.conv2d(x, *folded, stride=stride),
-        nn.functional.conv2d(normed, weight, bias, stride=stride),
-    )
 
 
 def test_drop_path_rises_linearly():

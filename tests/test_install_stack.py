@@ -50,7 +50,7 @@ def test_without_compiler(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr.startswith('set-up stopped: the compiler `no-such-cc` was not found')
     assert 'apt-get install gcc g++' in run.stderr
-    assert 'or take the default stack' in run.stderr
+    assert 'or use the default stack' in run.stderr
     assert not (tmp_path / 'venv').exists()
 
 
@@ -175,7 +175,7 @@ def test_a_failed_step_says_why(installer: ModuleType, tmp_path: Path) -> None:
         steps.run('compile', command)
     assert str(caught.value) == (
         'step 1 (compile) failed: x.cpp:1: fatal error: Python.h: No such file '
-        f'(whole log: {tmp_path / "1.log"}).'
+        f'(complete log: {tmp_path / "1.log"}).'
     )
 
 

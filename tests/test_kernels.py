@@ -105,13 +105,17 @@ def test_a_norm_folds_backward(seed, cin, cout, k, h, w):
     torch.testing.assert_close(F.conv2d(x, *folded, padding=k // 2), expected)
 
 
-@given(seeds, channels, channels, sizes, sizes)
-def test_a_norm_folds_forward_into_a_1x1(seed, cin, cout, h, w):
-    x, weight = normal(seed, 2, cin, h, w), normal(seed + 1, cout, cin, 1, 1)
+@given(seeds, channels, channels, st.integers(1, 3), sizes, st.integers(1, 3))
+def test_a_norm_folds_forward_into_an_unpadded_convolution(seed, cin, cout, k, h, stride):
+    x, weight = normal(seed, 2, cin, h + 2, h + 3), normal(seed + 1, cout, cin, k, k)
     bias = normal(seed + 2, cout)
     affine_pair, normed = batch_norm(x, seed + 3)
-    folded = kernels.fold_input(weight, bias, *affine_pair)
-    torch.testing.assert_close(F.conv2d(x, *folded), F.conv2d(normed, weight, bias))
+    folded = kernels.fold_input(weight, bias, *affine_pair, padded=False)
+    expected = F.conv2d(normed, weight, bias, stride)
+    torch.testing.assert_close(F.conv2d(x, *folded, stride), expected)
+    if k == 1:
+        folded = kernels.fold_input(weight, bias, *affine_pair)
+        torch.testing.assert_close(F.conv2d(x, *folded, stride), expected)
 
 
 @pytest.mark.parametrize('shape', [(4, 4, 3, 3), (4, 1, 1, 1)], ids=['3x3', 'grouped'])

@@ -90,7 +90,7 @@ def test_every_format_computes_what_it_says(artifacts: Path, name: str, runtime:
         np.testing.assert_array_equal(outputs[0], kept)
         if fixed:
             with pytest.raises(
-                ArtifactError, match=r'takes .*\(1, 3, 64, 96\), not \(2, 3, 64, 64'
+                ArtifactError, match=r'requires .*\(1, 3, 64, 96\), not \(2, 3, 64, 64'
             ):
                 artifact.run(torch.zeros(2, 3, 64, 64))
 
@@ -170,7 +170,7 @@ def test_no_file_and_no_format(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r'folder with 0 .xml files'):
         open_artifact(tmp_path)
     (tmp_path / 'x.tflite').touch()
-    with pytest.raises(ArtifactError, match=r'no ending that tells its format; there are .onnx'):
+    with pytest.raises(ArtifactError, match=r'no suffix of a format; there are .onnx'):
         open_artifact(tmp_path / 'x.tflite')
     (tmp_path / 'x.mlpackage').mkdir()
     with pytest.raises(ArtifactError, match='macOS only'):
@@ -262,12 +262,12 @@ def test_onnx_that_is_no_backbone(tmp_path: Path) -> None:
     add = node('Add', ['image', 'scale'], ['out'])
     refused(save_onnx(path, [add], [image, value('scale', 1)], [out]), r'2 inputs \(image, scale\)')
     refused(
-        save_onnx(path, [same], [value('image', 1, 8)], [value('out', 1, 8)]), r'takes \(1, 8\)'
+        save_onnx(path, [same], [value('image', 1, 8)], [value('out', 1, 8)]), r'requires \(1, 8\)'
     )
     grey = [value('image', 1, 1, 8, 8)], [value('out', 1, 1, 8, 8)]
-    refused(save_onnx(path, [same], *grey), r'takes \(1, 1, 8, 8\), and a backbone takes images')
+    refused(save_onnx(path, [same], *grey), r'requires \(1, 1, 8, 8\), and a backbone requires images')
     bytes_ = [value('image', 1, 3, 8, 8, kind=2)], [value('out', 1, 3, 8, 8, kind=2)]
-    refused(save_onnx(path, [same], *bytes_), r'takes tensor\(uint8\)')
+    refused(save_onnx(path, [same], *bytes_), r'requires tensor\(uint8\)')
     # mm calls them features, whatever they are: the number and the shapes are checked in place.
     with open_artifact(save_onnx(path, [same], [image], [out])) as artifact:
         assert artifact.metadata == {}

@@ -200,7 +200,7 @@ def test_malformed_option_is_a_usage_error(capsys: pytest.CaptureFixture) -> Non
     with pytest.raises(SystemExit) as stop:
         train(['config.py', '--cfg-options', 'lr'])
     assert stop.value.code == 2
-    assert '--cfg-options takes KEY=VALUE' in capsys.readouterr().err
+    assert '--cfg-options requires KEY=VALUE' in capsys.readouterr().err
 
 
 @pytest.mark.compat
@@ -261,7 +261,7 @@ def test_no_data(
 
 def test_data_root_that_lacks_a_part(fails: Callable, own_shapes: Path) -> None:
     (own_shapes / 'coco' / TRAIN_JSON).rename(own_shapes / 'coco' / 'elsewhere.json')
-    settings = options('det', own_shapes)[2:]  # without sample_data_root: it would be mended
+    settings = options('det', own_shapes)[2:]  # without sample_data_root: it would be made
     sentence = fails(train, CONFIGS['det'], '--cfg-options', 'sample_data_root=None', *settings)
     assert f'no data at {own_shapes}/coco/{TRAIN_JSON}' in sentence
 
