@@ -113,7 +113,8 @@ def test_checkpointing_saves_memory(name):
         assert any(isinstance(m, Stage) for m in model.stages)
         x = image(model)
         saved[with_cp] = saved_bytes(lambda: model(x), [*model.parameters(), *model.buffers()])  # noqa: B023
-    assert saved[True] < 0.6 * saved[False], saved
+    # Half of the storages; where attended channels are kept for sharing, they stay too.
+    assert saved[True] < 0.66 * saved[False], saved
 
 
 @NETWORKS

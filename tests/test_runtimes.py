@@ -265,7 +265,9 @@ def test_onnx_that_is_no_backbone(tmp_path: Path) -> None:
         save_onnx(path, [same], [value('image', 1, 8)], [value('out', 1, 8)]), r'requires \(1, 8\)'
     )
     grey = [value('image', 1, 1, 8, 8)], [value('out', 1, 1, 8, 8)]
-    refused(save_onnx(path, [same], *grey), r'requires \(1, 1, 8, 8\), and a backbone requires images')
+    refused(
+        save_onnx(path, [same], *grey), r'requires \(1, 1, 8, 8\), and a backbone requires images'
+    )
     bytes_ = [value('image', 1, 3, 8, 8, kind=2)], [value('out', 1, 3, 8, 8, kind=2)]
     refused(save_onnx(path, [same], *bytes_), r'requires tensor\(uint8\)')
     # mm calls them features, whatever they are: the number and the shapes are checked in place.

@@ -43,15 +43,20 @@ def conv2d(weight: Tensor, bias: Tensor, like: nn.Conv2d, **kwargs: Any) -> nn.C
 
 def weights(conv: nn.Conv2d, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """The convolution's weight and bias; zeros for a missing bias."""
-    weight = conv.weight.to(dtype)
-    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.to(dtype)
+    weight = _cast(conv.weight, dtype)
+    return weight, weight.new_zeros(len(weight)) if conv.bias is None else _cast(conv.bias, dtype)
 
 
 def norm_affine(norm: _BatchNorm, dtype: torch.dtype = torch.float64) -> Affine:
     """Scale and shift `(C,)` of a BatchNorm in eval mode."""
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean, var, weight, bias = (cast(Tensor, t).to(dtype) for t in tensors)
+    mean, var, weight, bias = (_cast(cast(Tensor, t), dtype) for t in tensors)
     return kernels.norm_affine(mean, var, weight, bias, norm.eps)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without the call where it has that dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def folded(
