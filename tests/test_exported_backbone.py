@@ -281,9 +281,7 @@ def test_outputs_that_are_no_feature_maps(tmp_path: Path) -> None:
     path = tmp_path / 'm.onnx'
     flat = [('ReduceMean', ['image'], ['out'], dict(keepdims=0))]
     save_onnx(path, flat, ['out'], {})
-    with pytest.raises(
-        ArtifactError, match=r'returns out of shape \(\) for images .*no feature map'
-    ):
+    with pytest.raises(ArtifactError, match=r'returns out of shape \(\) .*no feature map'):
         ExportedBackbone(str(path))
     nan = [('Mul', ['image', 'nan'], ['out'], {})]
     save_onnx(path, nan, ['out'], {'nan': np.float32('nan')})
@@ -297,9 +295,7 @@ def test_outputs_that_are_no_feature_maps(tmp_path: Path) -> None:
 
 def test_files_of_different_networks(fixed: dict[str, Path], tmp_path: Path) -> None:
     other = save_onnx(tmp_path / 'other.onnx', POOLING, ['out'], {})
-    with pytest.raises(
-        ArtifactError, match=r'returns 3 channels at strides 4, but .*of one network'
-    ):
+    with pytest.raises(ArtifactError, match=r'returns 3 channels at strides 4, .*of one network'):
         ExportedBackbone([str(fixed['small']), str(other)])
 
 

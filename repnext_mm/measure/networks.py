@@ -178,7 +178,7 @@ class Trial:
         sum(output.float().square().mean() for output in outputs).backward()
 
     def memory(self) -> int | None:
-        """Bytes that a step keeps for backward (CPU) or allocates (GPU); None: inference on a CPU."""
+        """Bytes that a step keeps for backward (CPU) or allocates (GPU), if it does."""
         if self.train:
             known = [] if self.counts_input else [self.image]
             return step_memory(self.forward, self.run, self.model, self.image.device, known)
