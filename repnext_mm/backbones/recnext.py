@@ -156,7 +156,7 @@ class RepMixer(Fusible, FastLayer):
         self.sk = ConvNorm(channels, channels, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_fast() or self.uses_batch_statistics() or are_hooked(self.children()):
+        if not self.is_fast() or self.uses_batch_statistics() or are_hooked(self._modules.values()):
             return self.lk(x) + self.sk(x) + x
         weight, bias = self.merge(
             *(frozen_conv_norm(conv, norm) for conv, norm in (self.lk, self.sk))

@@ -113,7 +113,7 @@ class BranchedDepthwise(Fusible, FastLayer):
 
     def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
         """`after` is applied to the output, only where this layer is fast."""
-        if not self.is_fast() or are_hooked(self.children()):
+        if not self.is_fast() or are_hooked(self._modules.values()):
             assert after is None
             return self.forward_branches(x)
         weight, bias = self.merged_kernel()

@@ -37,20 +37,25 @@ def set_execution(network: nn.Module, **settings: Any) -> None:
                 setattr(layer, name, value)
 
 
-def are_hooked(layers: Iterable[nn.Module]) -> bool:
-    """Whether a hook reads or changes what one of `layers`, or a layer in it, gets or returns.
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a hook reads or changes what `layer` gets or returns.
 
-    Such a layer must be called as it is, and not be computed together with another one. Compilers
-    deal with hooks themselves.
+    Such a layer must be called, and not be computed together with another one. Compilers deal with
+    hooks themselves.
     """
-    return runs_eagerly() and any(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or are_hooked(child for child in layer._modules.values() if child is not None)
-        for layer in layers
-    )
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    hooks = hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) and not torch.compiler.is_compiling()
+
+
+def are_hooked(layers: Iterable[nn.Module | None]) -> bool:
+    """Whether one of `layers`, or a layer in it, has a hook."""
+    for layer in layers:
+        if layer is None:
+            continue
+        if is_hooked(layer) or (layer._modules and are_hooked(layer._modules.values())):
+            return True
+    return False
 
 
 def is_exporting() -> bool:

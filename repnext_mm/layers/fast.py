@@ -6,9 +6,9 @@ of torch. Here alone are the rules per device and instruction set, and the autog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..network import Plan
 from ..reparam import Fusible, Note, kernels
 from ..reparam.folding import Affine, folded, norm_affine
-from .execution import FastLayer, are_hooked, at_least_float32, is_channels_last, runs_eagerly
+from .execution import (
+    FastLayer,
+    are_hooked,
+    at_least_float32,
+    is_channels_last,
+    is_hooked,
+    runs_eagerly,
+)
 from .recompute import Recomputed, kept_as_recipes
 
 # --- layers one after the other, with norms folded into the convolutions beside them
@@ -54,39 +61,78 @@ def chain(owner: FastLayer, x: Tensor, *layers: nn.Module) -> Tensor:
     map is exact up to rounding, and differentiable: gradients reach the kernel and the norm's
     parameters as if both had run. So a norm with frozen statistics is folded into the convolution
     before it, and a norm in front of a convolution, also in training, into that one. The reference
-    is the layers as they are, which is also what runs where one of them has a hook.
+    is the layers as they are. A layer with a hook is called as it is, too.
     """
-    if not owner.is_fast() or are_hooked(layers):
+    if not owner.is_fast():
         for layer in layers:
             x = layer(x)
         return x
-    steps = [step for layer in layers for step in _steps(layer)]
+    steps: list[Any] = _flattened(layers, [])
+    kinds = [*map(_kind, steps), '']
     recomputes = owner.recomputes()
     before: Affine | None = None  # still to be applied to `x`
     recipe: Recomputed | None = None  # how to compute `x` again, where that is cheap
     i = 0
     while i < len(steps):
-        step, following = steps[i], steps[i + 1] if i + 1 < len(steps) else None
-        after = frozen_affine(following) if _is_frozen(following) else None
-        if isinstance(step, _BatchNorm) and _folds_forward(following):
+        step, kind, following = steps[i], kinds[i], kinds[i + 1]
+        i += 1
+        after: Affine | None = None
+        if following == 'frozen norm' and kind in ('conv', 'folds a norm'):
+            after, i = frozen_affine(steps[i]), i + 1
+        if following == 'conv' and kind in ('norm', 'frozen norm') and _folds_forward(steps[i]):
             x, before = separate(step, x)
             recipe = recipe if before is not None else None
-        elif isinstance(step, NormFolding) and after is not None:
-            x, recipe = scaled(step, x, after), None
-            i += 1
-        elif _is_plain_conv(step):
-            with kept_as_recipes(recipe):
-                out = convolve(x, step, before, after)
-            cheap = recomputes and step.groups > 1 and _is_plain_conv(following)
+        elif kind == 'conv':
+            out = _call(convolve, x, step, before, after, recipe=recipe)
+            cheap = recomputes and following == 'conv' and step.groups > 1
             recipe = Recomputed(out, _same_conv(step, out.dtype), x) if cheap else None
             x, before = out, None
-            i += after is not None
+        elif after is not None:
+            x, recipe = scaled(step, x, after), None
         else:
-            with kept_as_recipes(recipe):
-                out = step(x)
+            out = _call(step, x, recipe=recipe)
             x, recipe = out, _recipe(step, x, out, recipe) if recomputes else None
-        i += 1
     return x
+
+
+def _flattened(layers: Iterable[nn.Module], steps: list[nn.Module]) -> list[nn.Module]:
+    """The layers of nested chains, added to `steps`, without those that do nothing.
+
+    A chain with a hook is one step, so that it is called.
+    """
+    for layer in layers:
+        if (isinstance(layer, Chain) or type(layer) is nn.Sequential) and not is_hooked(layer):
+            _flattened(layer._modules.values(), steps)
+        elif type(layer) is not nn.Identity or is_hooked(layer):
+            steps.append(layer)
+    return steps
+
+
+def _kind(step: nn.Module) -> str:
+    """What `chain` may do with a step; a step with a hook is only called."""
+    if is_hooked(step):
+        return 'other'
+    if isinstance(step, _BatchNorm):
+        return 'norm' if step.training else 'frozen norm'
+    # A convolution that computes as torch's does.
+    if isinstance(step, nn.Conv2d) and type(step).forward is nn.Conv2d.forward:
+        return 'conv'
+    if isinstance(step, NormFolding) and not are_hooked(step._modules.values()):
+        return 'folds a norm'
+    return 'other'
+
+
+def _folds_forward(conv: nn.Conv2d) -> bool:
+    """Whether a norm before `conv` folds into it: zeros that pad would come after the norm."""
+    return conv.groups == 1 and not any(conv.padding)
+
+
+def _call(function: Callable[..., Tensor], *arguments: Any, recipe: Recomputed | None) -> Tensor:
+    """`function(*arguments)`; where it would keep the first of them, autograd keeps `recipe`."""
+    if recipe is None:
+        return function(*arguments)
+    with kept_as_recipes(recipe):
+        return function(*arguments)
 
 
 def separate(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Affine | None]:
@@ -124,29 +170,6 @@ def frozen_affine(norm: _BatchNorm) -> Affine:
 def frozen_conv_norm(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias, in at least float32, of the convolution that is `norm(conv(x))`."""
     return folded(conv, after=frozen_affine(norm), dtype=at_least_float32(conv.weight.dtype))
-
-
-def _steps(layer: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested chains, without those that do nothing."""
-    if isinstance(layer, Chain) or type(layer) is nn.Sequential:
-        for child in layer:
-            yield from _steps(child)
-    elif not isinstance(layer, nn.Identity):
-        yield layer
-
-
-def _is_plain_conv(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """Whether this is a convolution that computes as torch's does."""
-    return isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward
-
-
-def _folds_forward(layer: nn.Module | None) -> bool:
-    """Whether the norm before this layer folds into it: padding zeros would come after the norm."""
-    return _is_plain_conv(layer) and layer.groups == 1 and not any(layer.padding)
-
-
-def _is_frozen(layer: nn.Module | None) -> TypeGuard[_BatchNorm]:
-    return isinstance(layer, _BatchNorm) and not layer.training
 
 
 def _recipe(
