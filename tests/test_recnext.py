@@ -309,6 +309,17 @@ def test_merged_rep_mixer_runs_one_convolution_with_frozen_statistics():
     assert counts == {True: 1, False: 2}
 
 
+@pytest.mark.parametrize('frozen', ['lk', 'sk'])
+def test_rep_mixer_with_one_frozen_norm_keeps_the_batch_statistics_of_the_other(frozen):
+    reference, fast = (
+        tiny('recnext_l', fast=fast).stages[1].blocks[0].rep_mixer for fast in (False, True)
+    )
+    x = torch.randn(2, 16, 8, 8)
+    for mixer in (reference, fast):
+        getattr(mixer, frozen).norm.eval()
+    torch.testing.assert_close(fast(x), reference(x))
+
+
 def test_shared_blocks_add_the_attended_channels_of_the_four_before():
     model = tiny('recnext_l_share').eval()
     stage = model.stages[3]

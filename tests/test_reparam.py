@@ -95,6 +95,11 @@ def test_refusals():
         reparameterize(trained(), 'single', accept_inexact='border')
     with pytest.raises(TypeError, match='Sequential holds no backbone'):
         reparameterize(nn.Sequential().eval())
+    for models in ((trained(), trained().train()), (trained().train(), trained())):
+        with pytest.raises(ValueError, match='both models must be in eval mode'):
+            prove(*models)
+    with pytest.raises(ValueError, match=r'shapes \[\(1, 8, .* and \[\(1, 16'):
+        prove(trained(), trained(out_indices=(1, 2, 3)), (64, 64))
 
 
 def test_report_lists_every_rewrite_and_the_counts():

@@ -12,6 +12,8 @@ from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 from mmengine.runner.loops import BaseLoop
 
+from ..files import write_text
+
 
 @contextmanager
 def keep_results(runner: Runner) -> Iterator[None]:
@@ -41,7 +43,7 @@ def _save(runner: Runner, loop: BaseLoop) -> None:
     found = loop.evaluator.evaluate(finished)
     content = {'finished_images': finished, 'images': total, **found}
     path = Path(runner.log_dir, f'{runner.timestamp}_unfinished.json')
-    path.write_text(json.dumps(content, default=float))
+    write_text(path, json.dumps(content, default=float))
     print(
         f'Stopped after {finished} of {total} images; their metrics are in {path}.', file=sys.stderr
     )
