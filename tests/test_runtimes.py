@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from repnext_mm.deploy.exporters import (
     export_pth,
     export_torchscript,
 )
+from repnext_mm.deploy.inspection import operations_pt2
 from repnext_mm.runtimes import Artifact, ArtifactError, open_artifact
+from repnext_mm.runtimes.programs import is_arithmetic
 
 onnx = pytest.importorskip('onnx', reason='needs the extra deploy: onnx')
 pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
@@ -214,6 +218,90 @@ def test_a_pt2_with_a_pickle_is_refused(artifacts: Path, part: str, tmp_path: Pa
     with pytest.raises(ArtifactError, match=r'bomb\.pt2'):
         open_artifact(bomb)
     assert not mark.exists()
+
+
+#: What sympy would evaluate, and what a graph would call.
+EXPRESSIONS = (
+    '__import__("pathlib").Path({mark!r}).touch()',
+    'Max(1, (lambda: open({mark!r}, "w"))() and 2)',
+    '[open({mark!r}, "w")][0] and 1',
+    'Symbol("s0").__class__.__mro__',
+    'open({mark!r}, "w")',
+    '9' * 30_000,
+)
+CALLS = ('torch.os.system', 'torch.ops.load_library', 'torch.hub.load', '_operator.attrgetter')
+
+
+def changed_program(source: Path, target: Path, change: Callable[[dict], None]) -> Path:
+    """A copy of an exported program with another graph."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w') as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith('models/model.json'):
+                program = json.loads(content)
+                change(program['graph_module']['graph'])
+                content = json.dumps(program).encode()
+            new.writestr(name, content)
+    return target
+
+
+def with_size(expression: str) -> Callable[[dict], None]:
+    """Give every tensor of a graph this height."""
+    size = {'as_expr': {'expr_str': expression, 'hint': {'as_int': 1}}}
+
+    def change(graph: dict) -> None:
+        for tensor in graph['tensor_values'].values():
+            tensor['sizes'][-1:] = [size]
+
+    return change
+
+
+@pytest.mark.parametrize('expression', EXPRESSIONS)
+def test_a_pt2_with_code_for_a_size_is_refused(
+    artifacts: Path, expression: str, tmp_path: Path
+) -> None:
+    mark = tmp_path / 'mark'
+    bomb = changed_program(
+        artifacts / 'm.pt2', tmp_path / 'bomb.pt2', with_size(expression.format(mark=str(mark)))
+    )
+    for read in (open_artifact, operations_pt2):
+        with pytest.raises(ArtifactError, match=r'bomb\.pt2 .*which is no arithmetic'):
+            read(bomb)
+    assert not mark.exists()
+
+
+def test_that_code_runs_where_nothing_refuses_it(artifacts: Path, tmp_path: Path) -> None:
+    mark = tmp_path / 'mark'
+    code = with_size(EXPRESSIONS[0].format(mark=str(mark)))
+    bomb = changed_program(artifacts / 'm.pt2', tmp_path / 'bomb.pt2', code)
+    with contextlib.suppress(Exception):
+        torch.export.load(bomb)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_a_pt2_that_calls_no_operator_is_refused(
+    artifacts: Path, call: str, tmp_path: Path
+) -> None:
+    bomb = changed_program(
+        artifacts / 'm.pt2',
+        tmp_path / 'bomb.pt2',
+        lambda graph: graph['nodes'][0].update(target=call),
+    )
+    with pytest.raises(ArtifactError, match=rf'bomb\.pt2 .*calls {call!r}'):
+        open_artifact(bomb)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "Add(FloorDiv(Add(Symbol('s82', integer=True), Integer(-1)), Integer(2)), 1)",
+        's0 + 2*Max(1, s1//4)**2',
+        'Mod(s0, 32) >= 1',
+    ],
+)
+def test_arithmetic_of_sizes_is_allowed(text: str) -> None:
+    assert is_arithmetic(text)
 
 
 def save_onnx(path: Path, nodes: list, inputs: list, outputs: list, **more: Any) -> Path:

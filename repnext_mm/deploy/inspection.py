@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoints import read_weights
 from ..runtimes.openvino import openvino_core
+from ..runtimes.programs import load_program
 
 
 def operations_pth(path: Path) -> Counter[str]:
@@ -26,7 +27,7 @@ def operations_pth(path: Path) -> Counter[str]:
 
 def operations_pt2(path: Path) -> Counter[str]:
     """ATen operators of an exported program."""
-    nodes = torch.export.load(path).graph.nodes
+    nodes = load_program(path).graph.nodes
     return Counter(str(node.target) for node in nodes if node.op == 'call_function')
 
 

@@ -34,9 +34,9 @@ def open_artifact(
 ) -> Artifact:
     """Open an exported backbone.
 
-    ONNX, OpenVINO, TorchScript and fused `.pth` files hold data alone. An AOTInductor package is
-    machine code: open only those that you made. Parts of a `.pt2` that need Python's pickle are
-    refused.
+    ONNX, OpenVINO and fused `.pth` files contain data alone, and so does an exported program
+    (`.pt2`) that is not refused. An AOTInductor package is machine code, and a TorchScript file is
+    a program that can write files: open only those that you made.
 
     Args:
         path: An `.onnx` file, an OpenVINO `.xml` file or the folder with it, a `.pt2` file

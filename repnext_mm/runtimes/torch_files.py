@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import re
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ import torch
 from .. import backbones
 from ..checkpoints import File, read_checkpoint
 from .artifact import METADATA_KEY, PRECISIONS, Artifact, ArtifactError, read_metadata
+from .programs import load_program
 
 
 class TorchArtifact(Artifact):
@@ -61,9 +60,8 @@ class ExportedProgramArtifact(TorchArtifact):
     runtime = 'torch.export'
 
     def load_module(self) -> None:
-        _refuse_pickles(self.path)
         extra = {METADATA_KEY: ''}
-        program = torch.export.load(self.path, extra_files=extra)
+        program = load_program(self.path, extra)
         # Its guards say more than which sizes fit: that maps which tracing saw with more than one
         # pixel never have just one, though the operations accept either. Older torch makes none.
         has_guards = 'check_guards' in inspect.signature(program.module).parameters
@@ -132,22 +130,3 @@ def is_compiled(path: Path) -> bool:
         raise ArtifactError(f'{path} is cut short, damaged or not a .pt2 archive; export it again.')
     with zipfile.ZipFile(path) as archive:
         return any('/data/aotinductor/' in name for name in archive.namelist())
-
-
-def _refuse_pickles(path: Path) -> None:
-    """Refuse an exported program of which `torch.export.load` would unpickle parts."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            part = name.partition('/')[2]
-            pickled = part.startswith('data/constants/custom_obj') or part == ''
-            if re.fullmatch(r'data/(weights|constants)/\w+_config\.json', part):
-                config = json.loads(archive.read(name))['config']
-                pickled = any(entry['use_pickle'] for entry in config.values())
-            elif part.startswith('data/sample_inputs/'):
-                with archive.open(name) as file:
-                    torch.load(file, weights_only=True)
-            if pickled:
-                raise ArtifactError(
-                    f'{path} was not opened, because {name} is a Python pickle and loading it can '
-                    'run code; export the network anew.'
-                )
