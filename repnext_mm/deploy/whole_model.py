@@ -178,7 +178,7 @@ def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, RunCheckpoint]:
         settings.pretrained = None
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = revert_sync_batchnorm(MODELS.build(settings))
-    require_fit(model, trained.content, checkpoint, share=1.0)
+    require_fit(model, trained.content, checkpoint)
     state = trained.content.get('state_dict', trained.content)
     model.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()}, strict=False)
     return model.eval(), trained

@@ -31,7 +31,7 @@ from .errors import UserError, run_tool
 from .exported_backbone import introduce, put_in_place
 from .quiet import announce, quiet_log
 from .rescue import keep_results
-from .resume import LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
+from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +173,8 @@ def _train(args: argparse.Namespace) -> None:
         runner.register_hook(RequireFit())
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
+    elif checkpoint is not None:
+        runner.register_hook(RequireFit(least=HALF))
     if uses_amp(cfg):
         keep_float32_where_needed(runner.model)
     _hint_batch_size(cfg, runner.world_size)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints import CheckpointError, File, RunCheckpoint, read_checkpoint
-from ..checkpoints.matching import THRESHOLD
 from ..checkpoints.reading import check_crc
 from .errors import UserError
 
 LATEST = 'latest'
+#: A run that starts from the weights of another one with less than this share starts from nothing.
+HALF = 0.5
 #: What a checkpoint holds that training can continue from.
 RESUMABLE = ('meta', 'state_dict', 'message_hub', 'optimizer')
 
@@ -96,39 +99,75 @@ def checkpoints_newest_first(work_dir: str | Path, hook_cfg: dict) -> Iterator[P
 
 
 class RequireFit(Hook):
-    """Refuse a checkpoint of another model, of which mmengine would load what happens to fit."""
+    """Refuse a checkpoint of another model, of which mmengine would load what happens to fit.
+
+    Args:
+        least: Share of the model's entries that must be in the checkpoint; with less than all,
+            a line says how many are.
+    """
+
+    def __init__(self, least: float = 1.0) -> None:
+        self.least = least
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare names and shapes before anything is loaded.
 
         Raises:
-            UserError: Less than 99 % of the model's entries are in the checkpoint.
+            UserError: Too few entries fit, or one is NaN or infinite.
         """
         model = getattr(runner.model, 'module', runner.model)
-        require_fit(model, checkpoint, str(runner.cfg.load_from))
+        path = str(runner.cfg.load_from)
+        line = require_fit(model, checkpoint, path, self.least)
+        if self.least < 1 and is_main_process():
+            print(line, flush=True)
 
 
-def require_fit(
-    model: nn.Module, checkpoint: dict[str, Any], path: str, share: float = THRESHOLD
-) -> None:
+def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: float = 1.0) -> str:
     """Compare the names and shapes of a checkpoint of a run with those of `model`.
 
+    Counters of batches, which no inference uses, are left out. Returns a line that says how many
+    entries fit.
+
     Raises:
-        UserError: Less than `share` of the model's entries are in the checkpoint.
+        UserError: Less than `least` of the model's entries are in the checkpoint, or one of its
+            entries is NaN or infinite.
     """
-    own = {key: value.shape for key, value in model.state_dict().items()}
-    given = {
-        key.removeprefix('module.'): getattr(value, 'shape', None)
-        for key, value in checkpoint.get('state_dict', checkpoint).items()
+    own = {
+        key: value.shape
+        for key, value in model.state_dict().items()
+        if not key.endswith('.num_batches_tracked')
     }
-    matched = sum(given.get(key) == shape for key, shape in own.items())
-    if matched < share * len(own):
-        unfit = next(key for key, shape in own.items() if given.get(key) != shape)
+    state = checkpoint.get('state_dict', checkpoint)
+    given = {key.removeprefix('module.'): value for key, value in state.items()}
+    unfit = [key for key, shape in own.items() if getattr(given.get(key), 'shape', None) != shape]
+    matched = len(own) - len(unfit)
+    if unfit and matched < least * len(own):
         raise UserError(
-            f'{path} does not fit the config: {matched} of the {len(own)} '
-            f'entries of the model match, {unfit} is the first that does not; use the config '
+            f'{path} does not fit the config: {matched} of the {len(own)} entries of the model '
+            f'match, {unfit[0]} is the first that does not{_place(own, given)}; use the config '
             'that the checkpoint was trained with, which is beside it in the work dir.'
         )
+    for key, value in given.items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f'{path} has NaN or infinity in {key}; use a checkpoint from before the training '
+                'diverged.'
+            )
+    return f'Loading {matched} of the {len(own)} entries of the model from {path}.'
+
+
+def _place(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Where in the checkpoint the model's entries are, or the backbone's, if that is the fault."""
+    for part, names in (
+        ('model', own),
+        ('backbone', [key.removeprefix('backbone.') for key in own if key.startswith('backbone.')]),
+    ):
+        for prefix in dict.fromkeys(key.removesuffix(name) for name in names for key in given
+                                    if key.endswith(name)):  # fmt: skip
+            if sum(prefix + name in given for name in names) > len(names) / 2:
+                where = f'under {prefix!r}' if prefix else 'alone'
+                return f' (the {part} is in it {where})'
+    return ''
 
 
 class SkipSeenData(Hook):
