@@ -13,8 +13,7 @@ from tool_runs import run_here, script, succeed, succeed_here
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt
-from repnext_mm.backbones import look_up
+from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt, backbones
 from repnext_mm.measure import Schedule
 from repnext_mm.measure import networks as benchmark
 from repnext_mm.measure.networks import Settings, Trial, Variant
@@ -213,7 +212,10 @@ def test_without_variants_every_form_is_measured_and_layers_in_both_memory_forma
     ],
 )
 def test_networks_are_named_by_family_and_arch(name: str, family: type, arch: str) -> None:
-    assert look_up(name) == (family, arch)
+    assert backbones.look_up(name) == (family, arch)
+    with torch.device('meta'):
+        model = backbones.build(name, out_indices=(1,))
+    assert (type(model), model.arch, len(model.out_channels)) == (family, arch, 1)
 
 
 @pytest.mark.parametrize('text, size', [('512', (512, 512)), ('800x1333', (800, 1333))])
