@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +17,12 @@ import tool_runs
 import torch
 from conftest import randomise
 from evaluations import Trained, trained
+from mmengine.runner import CheckpointLoader
 
 from repnext_mm import RepNeXt, reparameterize
-from repnext_mm.checkpoints import load_pretrained
+from repnext_mm.checkpoints import load_pretrained, read_run
 from repnext_mm.checkpoints.__main__ import main as describe
+from repnext_mm.checkpoints.runs import passed_on
 from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.whole_model import save_whole_model
 from repnext_mm.engine.cli import train_main
@@ -125,6 +129,20 @@ def test_checkpoints_of_runs(model: Trained, tmp_path: Path) -> None:
             train_main, model.config, *resume, *model.options, *steps, cwd=tmp_path
         )
     assert list(tmp_path.rglob('iter_2.pth'))
+
+
+def test_a_run_does_not_keep_what_it_started_from(file: Path) -> None:
+    checkpoint = read_run(file)
+    tensor = weakref.ref(next(iter(checkpoint.content['model'].values())))
+    with passed_on(checkpoint):
+        loaded = CheckpointLoader.load_checkpoint(str(file))
+        assert next(iter(loaded['model'].values())) is tensor()
+        del loaded
+        gc.collect()
+        assert tensor() is None
+        again = CheckpointLoader.load_checkpoint(str(file))
+        assert again['model'].keys() == RepNeXt('m0').state_dict().keys()
+    assert checkpoint.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def read_twice(path: Path) -> None:

@@ -16,9 +16,12 @@ from .fetching import fetch
 from .reading import File, file_kind, read_checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunCheckpoint:
-    """The complete content of a checkpoint of a run, and the SHA-256 of its file."""
+    """The complete content of a checkpoint of a run, and the SHA-256 of its file.
+
+    `content` is None once `passed_on` has passed it on: a run must not keep it in memory.
+    """
 
     path: str
     content: Any = field(repr=False)
@@ -48,18 +51,19 @@ def read_run(checkpoint: str | os.PathLike[str]) -> RunCheckpoint:
 def passed_on(checkpoint: RunCheckpoint | None) -> Iterator[None]:
     """In this context, mmengine gets the content of `checkpoint` instead of reading its file again.
 
-    It gets it once; if it asks again, the file is read anew, safely.
+    It gets it once, and `checkpoint` keeps it no longer; if it asks again, the file is read again,
+    safely.
     """
     if checkpoint is None:
         yield
         return
-    content = [checkpoint.content]
 
     def load_from_local(filename: str, map_location: Any) -> Any:  # mmengine logs this name
-        return content.pop() if content else read_checkpoint(File.read(filename))
+        content, checkpoint.content = checkpoint.content, None
+        return read_checkpoint(File.read(filename)) if content is None else content
 
     CheckpointLoader.register_scheme(f'{re.escape(checkpoint.path)}$', load_from_local, force=True)
     try:
         yield
     finally:
-        content.clear()
+        checkpoint.content = None
