@@ -492,11 +492,14 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
     left = tmp_path / f'.partial-{dead.pid}-abc'
     left.mkdir()
     (left / 'half.onnx').write_text('...')
+    report = tmp_path / f'report.json.{dead.pid}.tmp'
+    report.write_text('{')
     alive = tmp_path / f'.partial-{os.getppid()}-abc'
     alive.mkdir()
     argv = ('repnext_m0', '--size', 64, '--format', 'pth', '--work-dir', tmp_path)
     assert deploy(*argv) == 0
     assert not left.exists()
+    assert not report.exists()
     assert alive.exists()
 
 

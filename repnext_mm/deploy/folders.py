@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import TEMPORARY_SUFFIX
 from .errors import ExportError, UsageError
 
 PARTIAL = '.partial-'
@@ -40,8 +41,9 @@ def make_folder(path: Path) -> None:
 @contextlib.contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:
     """A folder beside the results for what is not complete yet; removed however this ends."""
-    for left in folder.glob(f'{PARTIAL}*'):  # by runs that were killed outright
+    for left in folder.iterdir():  # by runs that were killed outright
         found = re.match(rf'{re.escape(PARTIAL)}(\d+)-', left.name)
+        found = found or re.search(rf'\.(\d+){re.escape(TEMPORARY_SUFFIX)}$', left.name)
         if found and not Path('/proc', found[1]).exists():
             remove(left)
     name = f'{PARTIAL}{os.getpid()}-'
