@@ -24,8 +24,8 @@ class ExportedBackbone(BaseModule):
     """Runs exported backbones, so that the figures of a test are those of the file that ships.
 
     It has no weights: a checkpoint's are used for neck and head, its backbone's are passed over.
-    Files for one size are buckets: an image goes into the smallest that it fits
-    in, padded with zeros on the right and below, and the features are cropped to the image.
+    Files for one size are buckets: an image goes into the smallest that it fits in, padded with
+    zeros on the right and below, and the features are cropped to the image.
     A batch is run in pieces of the batch size that the file was made for.
 
     Args:
