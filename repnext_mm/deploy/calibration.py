@@ -184,7 +184,7 @@ def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
 
     from ..engine.cli import import_framework
     from ..engine.config_file import load_config
-    from ..engine.data_checks import check_data
+    from ..engine.preflight import check_sources, require
 
     cfg = load_config(str(path), dict(options), None, 'none')
     scope = cfg.get('default_scope') or 'mmengine'
@@ -195,7 +195,7 @@ def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
     seen = next((loaders[name] for name in ('test', 'val', 'train') if loaders[name]), None)
     if split is None or seen is None:
         raise UsageError(f'{path} has no data set to calibrate on; give a folder of images.')
-    check_data(cfg, (split,))
+    require(check_sources(cfg, (split,)).findings)
     settings = _innermost(loaders[split].dataset)
     settings.update(pipeline=_innermost(seen.dataset).pipeline, test_mode=True)
     with DefaultScope.overwrite_default_scope(scope):

@@ -25,13 +25,16 @@ from ..operators import explain as explain_operators
 from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
-from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
 from .exported_backbone import introduce, put_in_place
+from .preflight import Sources, check_sources, preflight, require
 from .quiet import announce, quiet_log
 from .rescue import keep_results
 from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
+
+#: When this process started, for the name of its report.
+STARTED = time.strftime('%Y%m%d_%H%M%S')
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +115,13 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('config', help='config file, or a name such as mask_rcnn_repnext_m0_coco')
+    check = parser.add_mutually_exclusive_group()
+    check.add_argument(
+        '--check-only', action='store_true', help='only check the data and the model, and report'
+    )
+    check.add_argument(
+        '--no-check', action='store_true', help='start without checking the data and the model'
+    )
     parser.add_argument(
         '--work-dir', help='folder for checkpoints and logs (None: work_dirs/<name of the config>)'
     )
@@ -157,7 +167,7 @@ def _train(args: argparse.Namespace) -> None:
                 'give; add --cfg-options auto_scale_lr.base_batch_size=N'
             )
         cfg.auto_scale_lr.enable = True
-    _prepare(cfg, args, ('train', 'val'))
+    sources = _prepare(cfg, args, ('train', 'val'))
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or LATEST))
     checkpoint: RunCheckpoint | None = None
     if resume:
@@ -168,7 +178,8 @@ def _train(args: argparse.Namespace) -> None:
         checkpoint = read_run(cfg.load_from)
     cfg.load_from = checkpoint and checkpoint.path
 
-    runner = _build_runner(cfg)
+    runner = _build_runner(cfg, sources)
+    _preflight(runner, args, ('train', 'val'), sources)
     if cfg.get('resume'):
         runner.register_hook(RequireFit())
         runner.register_hook(SkipSeenData())
@@ -216,9 +227,10 @@ def _test(args: argparse.Namespace) -> None:
         put_in_place(cfg, args.backbone, args.precision)
     elif args.precision:
         raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
-    _prepare(cfg, args, ('test',))
+    sources = _prepare(cfg, args, ('test',))
 
-    runner = _build_runner(cfg)
+    runner = _build_runner(cfg, sources)
+    _preflight(runner, args, ('test',), sources)
     if args.backbone:
         for line in introduce(getattr(runner.model, 'module', runner.model), checkpoint):
             _say(line)
@@ -249,17 +261,34 @@ def _shown(path: str | Path) -> str:
     return shlex.quote(str(path) if relative.startswith(os.pardir) else relative)
 
 
-def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> None:
+def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> Sources:
     """Import the framework, put sample data in place, check the data, choose the device."""
     import_framework(cfg.get('default_scope'))
     if sample := cfg.get('sample_data_root'):
         _ensure_sample_data(sample)
     if int(os.environ['LOCAL_RANK']) == 0:
         announce('Checking the data ...')
-        check_data(cfg, splits)
+    sources = Sources() if args.no_check else check_sources(cfg, splits)
+    if int(os.environ['LOCAL_RANK']) == 0:
+        require(sources.findings, _report(cfg, args))
         _make_work_dir(Path(cfg.work_dir))
+    sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
     if line := choose_device(cfg, args.device, args.launcher):
         _say(line)
+    return sources
+
+
+def _preflight(
+    runner: Runner, args: argparse.Namespace, splits: Sequence[str], sources: Sources
+) -> None:
+    """Look at what was built, in the first process; the others wait for it at their first step."""
+    if args.no_check or int(os.environ['LOCAL_RANK']) != 0:
+        return
+    preflight(runner, splits, sources, report=_report(runner.cfg, args))
+
+
+def _report(cfg: Config, args: argparse.Namespace) -> Path | None:
+    return Path(cfg.work_dir, f'preflight_{STARTED}.json') if args.check_only else None
 
 
 def _make_work_dir(path: Path) -> None:
@@ -319,6 +348,20 @@ class QuietRunner(Runner):
         quiet_log(logger)
         return logger
 
+    sources = Sources()
 
-def _build_runner(cfg: Config) -> Runner:
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
+    def build_dataloader(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As mmengine's, with completed annotation files in place of those of the config."""
+        return super().build_dataloader(self.sources.apply(dataloader), *args, **kwargs)
+
+    def build_evaluator(self, evaluator: Any) -> Any:
+        """As mmengine's, with completed annotation files in place of those of the config."""
+        return super().build_evaluator(self.sources.apply(evaluator))
+
+
+def _build_runner(cfg: Config, sources: Sources) -> Runner:
+    if 'runner_type' in cfg:
+        return RUNNERS.build(sources.apply(cfg))
+    runner = QuietRunner.from_cfg(cfg)
+    runner.sources = sources
+    return runner
