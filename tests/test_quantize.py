@@ -329,7 +329,7 @@ def test_folder_with_few_or_broken_images(tmp_path: Path) -> None:
         calibration_images(tmp_path, SIZE)
     for i in range(20):
         (tmp_path / f'{i}.jpg').write_bytes(b'no image')
-    with pytest.raises(UsageError, match=r'\d+\.jpg cannot be read'):
+    with pytest.raises(UsageError, match=r'\d+\.jpg cannot be decoded'):
         _ = calibration_images(tmp_path, SIZE)[0]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..configs import is_config_name
+from ..datasets.images import IMAGE_SUFFIXES, describe, is_dark, read_image
 from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from .errors import UsageError
 from .exporters import Preprocess
@@ -21,7 +22,6 @@ from .exporters import Preprocess
 #: Fewer images are refused, and below the second number there is a warning: ranges of activations
 #: are then those of single images.
 MIN_IMAGES, ENOUGH_IMAGES = 16, 128
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 #: What most configs of mm do to an image, which they load as BGR.
 IMAGENET = Preprocess(mean=IMAGENET_MEAN, std=IMAGENET_STD, swap=True)
 #: For an artifact that normalises by itself.
@@ -53,6 +53,10 @@ class CalibrationImages(Sequence[np.ndarray]):
     def load(self, index: int) -> Tensor:
         """Image number `index` as loaded, `(3, h, w)` of any size, BGR from 0 to 255."""
 
+    def notes(self) -> list[str]:
+        """What a user should know about the images, in sentences."""
+        return []
+
     def __len__(self) -> int:
         return len(self.order)
 
@@ -71,21 +75,39 @@ class FolderImages(CalibrationImages):
     """Images below a folder."""
 
     def __init__(self, folder: Path, size: Any, preprocess: Any, limit: Any) -> None:
-        self.files = sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.folder = folder
+        files = sorted(p for p in folder.rglob('*') if p.is_file())
+        self.files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+        self.left_out = [p for p in files if p.suffix.lower() not in IMAGE_SUFFIXES]
         super().__init__(size, preprocess, limit, len(self.files))
 
     def load(self, index: int) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
-
         try:
-            with Image.open(self.files[index]) as image:
-                pixels = np.asarray(image.convert('RGB'))
-        except (OSError, UnidentifiedImageError) as error:
+            pixels = read_image(self.files[index])
+        except (OSError, ValueError) as error:
             raise UsageError(
-                f'the calibration image {self.files[index]} cannot be read ({error}); replace or '
-                'remove it.'
+                f'calibration: {str(error).rstrip(".")}, as mm could not read it either.'
             ) from error
-        return torch.from_numpy(pixels.transpose(2, 0, 1)[::-1].copy())
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def notes(self) -> list[str]:
+        """Files that are left out, and images that mm reads as nearly black."""
+        notes = []
+        if self.left_out:
+            suffixes = sorted({path.suffix or path.name for path in self.left_out})
+            notes.append(
+                f'{len(self.left_out)} of {len(self.left_out) + len(self.files)} files in '
+                f'{self.folder} are left out for their suffix ({", ".join(suffixes[:5])}); images '
+                f'end in {", ".join(IMAGE_SUFFIXES)}.'
+            )
+        dark = [p for p in (self.files[i] for i in self.order) if _reads_dark(p)]
+        if dark:
+            notes.append(
+                f'{len(dark)} of {len(self.order)} calibration images have 16 bits of which the '
+                f'upper ones are empty, so mm reads them as nearly black, the first is {dark[0]}; '
+                'scale their values to the full range.'
+            )
+        return notes
 
 
 class DatasetImages(CalibrationImages):
@@ -146,6 +168,13 @@ def check_count(count: int, source: str) -> None:
             f'{source} has {count} images for calibration; give at least {MIN_IMAGES}, better '
             f'{ENOUGH_IMAGES} or more.'
         )
+
+
+def _reads_dark(path: Path) -> bool:
+    try:
+        return is_dark(describe(path), read_image(path))
+    except (OSError, ValueError):
+        return False  # reading it for calibration says what is wrong
 
 
 def check_pictures(images: Sequence[np.ndarray]) -> None:

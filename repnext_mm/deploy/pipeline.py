@@ -17,17 +17,17 @@ from rich.console import Console
 
 from ..backbones import PyramidBackbone
 from ..complexity import count_macs, count_parameters
+from ..datasets.images import read_image
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
 from ..network import FusionReport, Plan
-from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from ..reparam import prove, reparameterize
 from ..reparam.fusion import INEXACT
 from ..reparam.verify import noise
 from ..runtimes import ArtifactError, open_artifact
 from ..version import __version__
 from .bench import choose_plan
-from .calibration import ENOUGH_IMAGES, RAW, calibration_images
+from .calibration import ENOUGH_IMAGES, IMAGENET, RAW, calibration_images
 from .errors import (
     DependencyError,
     ExportError,
@@ -512,12 +512,15 @@ class Export:
     def _calibration(self, job: Job, size: tuple[int, int]) -> Sequence[np.ndarray]:
         """Images as the artifact requires them; the first `HELD_OUT` are not calibrated on."""
         assert self.options.calib is not None, 'refused before'
-        return calibration_images(
+        images = calibration_images(
             self.options.calib,
             size,
             RAW if job.preprocess else Preprocess.of(self.source.preprocessor),
             limit=self.options.calib_images + HELD_OUT,
         )
+        for note in images.notes():
+            self.say(f'      {note}')
+        return images
 
     def _compare(
         self, row: Format, job: Job, written: Path, goldens: list[Golden]
@@ -616,18 +619,18 @@ def _count_convolutions(model: PyramidBackbone) -> int:
 
 
 def load_image(path: Path, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """An image file as a normalised batch of `shape`, by the statistics of ImageNet.
+    """An image file as mm decodes it, as a normalised batch of `shape`, by ImageNet's statistics.
 
     Raises:
         UsageError: It cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    import cv2
 
     batch, _, height, width = shape
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert('RGB').resize((width, height)), dtype=np.float32)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f'--parity-input {path} is no readable image: {error}.') from error
-    normal = (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
-    return torch.from_numpy(normal.transpose(2, 0, 1)).expand(batch, -1, -1, -1).contiguous()
+        image = read_image(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f'--parity-input {path} is no readable image: {error}') from error
+    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy()).float()[None]
+    return IMAGENET.apply(pixels).expand(batch, -1, -1, -1).contiguous()

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModel
-from PIL import Image
 
+from ..datasets.images import read_image
 from .curves import save_figure
 
 COLUMNS = ('image', 'ground truth', 'prediction')
@@ -52,8 +52,7 @@ def compare(
     for index in indices:
         with torch.no_grad():
             sample = model.test_step(pseudo_collate([dataset[index]]))[0]
-        with Image.open(sample.img_path) as image:
-            pixels = np.asarray(image.convert('RGB'))
+        pixels = read_image(sample.img_path)[..., ::-1]
         if 'pred_sem_seg' in sample:
             sides = (_class_regions(sample.gt_sem_seg), _class_regions(sample.pred_sem_seg))
         else:

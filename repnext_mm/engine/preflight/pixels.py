@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...datasets.images import ImageHeader, decoded_size, describe
+from ...datasets.images import ImageHeader, ImageTooLarge, decoded_size, describe, is_dark
 from .findings import Finding, error, some, warning
 from .sources import spread
 
@@ -22,8 +22,6 @@ SAMPLED, SECONDS = 16, 10.0
 MORE_MAPS = 200
 #: Seconds for reading sizes from the headers of files.
 HEADER_SECONDS = 5.0
-#: A decoded image of 16 bits that stays below this uses at most 12 of them.
-DARK = 17
 #: Transforms of mm that read an image or its annotations, by the names of their classes.
 IMAGE_LOADERS = ('LoadImageFromFile',)
 ANNOTATION_LOADERS = ('LoadAnnotations',)
@@ -73,7 +71,7 @@ def check_pixels(
         results = _load_image(pixels, info, load_image)
         if results is None:
             return pixels
-        if local and _is_dark(info, results['img']):
+        if local and _reads_dark(info, results['img']):
             dark.append(str(info['img_path']))
         if not _check_size(pixels, info, results):
             return pixels
@@ -111,8 +109,7 @@ def _load_image(pixels: Pixels, info: dict[str, Any], load: Any) -> dict[str, An
     reason = ''
     results = None
     try:
-        if path.is_file():
-            describe(path)  # refuses what would need more memory than there is
+        _refuse_too_large(path)
         results = load(copy.deepcopy(info))
     except Exception as failure:
         reason = f' ({" ".join(str(failure).split())[:200]})'
@@ -128,6 +125,17 @@ def _load_image(pixels: Pixels, info: dict[str, Any], load: Any) -> dict[str, An
     pixels.images += 1
     pixels.sizes[results['img'].shape[:2]] += 1
     return results
+
+
+def _refuse_too_large(path: Path) -> None:
+    """Raise ImageTooLarge; what is no regular file is left to the pipeline's own backend."""
+    try:
+        if path.is_file():
+            describe(path)
+    except ImageTooLarge:
+        raise
+    except ValueError:
+        pass
 
 
 def _check_size(pixels: Pixels, info: dict[str, Any], results: dict[str, Any]) -> bool:
@@ -219,12 +227,12 @@ def _all_over(items: Sequence[Any]) -> Iterator[Any]:
         step //= 2
 
 
-def _is_dark(info: dict[str, Any], image: np.ndarray) -> bool:
+def _reads_dark(info: dict[str, Any], image: np.ndarray) -> bool:
     try:
         header = describe(Path(info['img_path']))
     except (OSError, ValueError):
         return False
-    return header.bits > 8 and image.dtype == np.uint8 and 0 < int(image.max()) < DARK
+    return is_dark(header, image)
 
 
 def _load_annotations(
