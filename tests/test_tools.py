@@ -287,8 +287,8 @@ def test_single_class_without_its_comma(fails: Callable, shapes: Path) -> None:
 
 
 def test_heads_for_another_number_of_classes(fails: Callable, shapes: Path) -> None:
-    settings = options('det', shapes, 'train_dataloader.dataset.metainfo.classes=[disc,ring]')
-    sentence = fails(train, CONFIGS['det'], *settings)
+    two = [f'{split}_dataloader.dataset.metainfo.classes=[disc,ring]' for split in ('train', 'val')]
+    sentence = fails(train, CONFIGS['det'], *options('det', shapes, *two))
     assert 'model.roi_head.bbox_head has num_classes=5' in sentence
     heads = ('model.roi_head.bbox_head', 'model.roi_head.mask_head')
     assert sentence.endswith(' '.join(f'{head}.num_classes=2' for head in heads))

@@ -29,7 +29,8 @@ class PyramidBackbone(BaseModule, Network):
 
     Args:
         arch: Name of a row of `arch_zoo`, or a dict with `arch_keys`.
-        out_indices: Stages to return, increasing, each in 0..3.
+        out_indices: Stages to return, increasing, each in 0..3. Those beyond the last never run: they
+            keep the weights of a checkpoint and take no gradient.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
         norm_cfg: `type` BN or SyncBN; optionally `eps`, `momentum`, `requires_grad`.
         norm_eval: Keep every norm in eval mode while training.
@@ -173,7 +174,7 @@ class PyramidBackbone(BaseModule, Network):
         self._is_init = True
 
     def train(self, mode: bool = True) -> PyramidBackbone:
-        """Set the mode; frozen stages, and with `norm_eval` all norms, stay in eval mode."""
+        """Set the mode; frozen and unused stages, and with `norm_eval` all norms, stay in eval."""
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
@@ -200,9 +201,11 @@ class PyramidBackbone(BaseModule, Network):
         self.train(self.training)
 
     def _freeze_stages(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        for module in (self.stem, *self.stages[: self.frozen_stages]):
+        frozen = [] if self.frozen_stages < 0 else [self.stem, *self.stages[: self.frozen_stages]]
+        # Stages beyond the last output never run, and would make DistributedDataParallel wait for
+        # their gradients.
+        unused = self.stages[self.out_indices[-1] + 1 :]
+        for module in (*frozen, *unused):
             module.eval()
             for param in module.parameters():
                 param.requires_grad = False

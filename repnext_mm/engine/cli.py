@@ -28,7 +28,7 @@ from .config_file import load_config
 from .device import choose_device
 from .errors import UserError, run_tool
 from .exported_backbone import introduce, put_in_place
-from .preflight import Sources, check_sources, preflight, require
+from .preflight import Sources, check_config, check_sources, preflight, require
 from .quiet import announce, quiet_log
 from .rescue import keep_results
 from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
@@ -266,8 +266,9 @@ def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> So
     import_framework(cfg.get('default_scope'))
     if sample := cfg.get('sample_data_root'):
         _ensure_sample_data(sample)
-    if int(os.environ['LOCAL_RANK']) == 0:
+    if int(os.environ['LOCAL_RANK']) == 0 and not args.no_check:
         announce('Checking the data ...')
+        require(check_config(cfg), _report(cfg, args))
     sources = Sources() if args.no_check else check_sources(cfg, splits)
     if int(os.environ['LOCAL_RANK']) == 0:
         require(sources.findings, _report(cfg, args))

@@ -38,6 +38,11 @@ def load_config(name: str, options: dict[str, Any], work_dir: str | None, launch
                 cfg[key] = _moved(cfg[key], root, str(cfg.data_root))
     if cfg.get('model') is None:
         raise UserError(f'{path} has no model; give one that `repnext-mm models` lists.')
+    neck = cfg.model.get('neck')
+    if isinstance(neck, dict) and isinstance(neck.get('in_channels'), tuple):
+        neck['in_channels'] = list(
+            neck['in_channels']
+        )  # a backbone's own out_channels; FPN wants a list
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg

@@ -36,6 +36,19 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
         'the package that defines it to custom_imports.',
     ),
     (
+        ValueError,
+        r'Expected more than 1 value per channel when training, got input size torch.Size(\(.+?\))',
+        'a BatchNorm layer got a single value of each channel, an input of {0}; set '
+        'train_dataloader.batch_size=2 or more, larger images, or norm_eval=True of the backbone.',
+    ),
+    (
+        RuntimeError,
+        r'Expected to have (finished) reduction in the prior iteration',
+        'parameters of the model got no gradient, which DistributedDataParallel must know: their '
+        'part was not {0}, as it is built and never run; take it out of the model, freeze it, or '
+        'add --cfg-options find_unused_parameters=True.',
+    ),
+    (
         torch.cuda.OutOfMemoryError,
         r'(?s)^(.+?\.)\s',
         'the GPU ran out of memory ({0}); lower train_dataloader.batch_size together with '

@@ -6,19 +6,25 @@ It looks at what mm will use: the data sets, pipelines and model as they are bui
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
+from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmengine.runner.loops import BaseLoop
 
 from ..errors import UserError
-from .built import Summary, check_dataset, classes_of, leaf_datasets
+from .built import Summary, check_dataset, classes_of, kept_random_state, leaf_datasets
 from .findings import Finding, error, some
+from .keywords import check_keywords
+from .model import check_architecture, check_model
 from .report import loop_of, show, write_report
 from .sources import Sources, check_sources
 
-__all__ = ['Finding', 'Sources', 'check_sources', 'preflight', 'require']
+__all__ = ['Finding', 'Sources', 'check_config', 'check_sources', 'preflight', 'require']
 
 
 def require(findings: Iterable[Finding], report: Path | None = None) -> None:
@@ -38,6 +44,11 @@ def require(findings: Iterable[Finding], report: Path | None = None) -> None:
         if report is not None:
             write_report(report, (), findings, None)
         raise UserError(errors[0])
+
+
+def check_config(cfg: Config) -> list[Finding]:
+    """Check the config of a model by itself: its keywords, and which part fits to which."""
+    return check_keywords(cfg) or check_architecture(cfg)
 
 
 def preflight(
@@ -65,6 +76,7 @@ def preflight(
         summaries += check_dataset(split, loop.dataloader.dataset, sources)
     found = [
         *findings,
+        *_check_model(runner, loops),
         *(finding for summary in summaries for finding in summary.findings),
         *_compare_classes({s: loop.dataloader.dataset for s, loop in loops.items()}),
     ]
@@ -72,6 +84,21 @@ def preflight(
     if report is not None:
         write_report(report, summaries, [*sources.findings, *found], runner)
     require(found)
+
+
+def _check_model(runner: Runner, loops: Mapping[str, BaseLoop]) -> list[Finding]:
+    model: BaseModel = getattr(runner.model, 'module', runner.model)
+    split, loop = next(iter(loops.items()), (None, None))
+    if loop is None:
+        return []
+    dataset = loop.dataloader.dataset
+    batch_size = getattr(loop.dataloader, 'batch_size', None) if split == 'train' else None
+    crop = None
+    if batch_size == 1 and len(dataset):
+        with kept_random_state(), suppress(Exception):  # that it fails is said for the data
+            crop = tuple(dataset[0]['inputs'].shape[-2:])
+    classes = next((c for leaf in leaf_datasets(dataset) if (c := classes_of(leaf))), None)
+    return check_model(model, classes, batch_size, crop)
 
 
 def _compare_classes(datasets: dict[str, object]) -> Iterable[Finding]:
