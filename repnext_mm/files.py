@@ -26,8 +26,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with temporary.open('rb+') as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(target)  # a write does not know where it goes
         raise
 
 

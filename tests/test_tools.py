@@ -104,7 +104,9 @@ def test_train_then_the_command_it_names(
     python, script, *arguments = shlex.split(following)
     assert (python, script) == ('python', 'tools/test.py')
     output = RUNS[task]('test.py', *arguments, '--show-dir', 'seen', cwd=tmp_path)
-    results = re.match(r'Wrote (\S+\.json) and pictures under seen\.', output.splitlines()[-1])
+    results = re.match(
+        r'Wrote (\S+\.json) and pictures under seen; again: ', output.splitlines()[-1]
+    )
     assert results, output.splitlines()[-1]
     assert metric in json.loads((tmp_path / results[1]).read_text())
     assert list((tmp_path / 'seen').rglob('*.png'))

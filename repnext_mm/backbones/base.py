@@ -29,8 +29,8 @@ class PyramidBackbone(BaseModule, Network):
 
     Args:
         arch: Name of a row of `arch_zoo`, or a dict with `arch_keys`.
-        out_indices: Stages to return, increasing, each in 0..3. Those beyond the last never run: they
-            keep the weights of a checkpoint and take no gradient.
+        out_indices: Stages to return, increasing, each in 0..3. Those beyond the last never run;
+            they keep the weights of a checkpoint and take no gradient.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
         norm_cfg: `type` BN or SyncBN; optionally `eps`, `momentum`, `requires_grad`.
         norm_eval: Keep every norm in eval mode while training.

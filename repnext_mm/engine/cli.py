@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import os
+import re
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
@@ -26,13 +31,19 @@ from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
 from .device import choose_device
-from .errors import UserError, run_tool
-from .exported_backbone import introduce, put_in_place
+from .errors import UserError, end_on_sigterm, run_tool
+from .exported_backbone import introduce, padding, put_in_place
+from .finite import StopAtNonFinite
 from .preflight import Sources, check_config, check_sources, preflight, require
+from .preflight.built import classes_of
 from .quiet import announce, quiet_log
-from .rescue import keep_results
+from .rescue import keep_results, no_ground_truth
 from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
+from .run_folder import claimed
+from .schedule import accumulated, batch_hint, schedule_notes, set_length
 
+#: A value of --cfg-options that only a literal can be.
+HAS_DICT = re.compile(r'\{|\bdict\(')
 #: When this process started, for the name of its report.
 STARTED = time.strftime('%Y%m%d_%H%M%S')
 
@@ -54,6 +65,20 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         choices=AMP_DTYPES,
         help=f'mixed precision, unless given in the optim_wrapper.dtype of the config or else in '
         f'{AMP_DTYPES[0]}',
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        '--epochs',
+        type=int,
+        metavar='N',
+        help='train for N epochs; milestones, warm-up and intervals follow',
+    )
+    length.add_argument(
+        '--iters',
+        type=int,
+        metavar='N',
+        help='train for N iterations, where the config counts in iterations; milestones, warm-up '
+        'and intervals follow',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -89,6 +114,7 @@ def _run(
     argv: Sequence[str] | None,
 ) -> int:
     args = parser.parse_args(argv)
+    end_on_sigterm()
     local_rank = os.environ.get('SLURM_LOCALID', args.local_rank)
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
     try:
@@ -102,10 +128,41 @@ class _Options(DictAction):
     """mmengine's KEY=VALUE action; a malformed one is a usage error, not a traceback."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (ValueError, AssertionError):
-            parser.error(f'{option_string} requires KEY=VALUE pairs, not {" ".join(values)!r}')
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values:
+            key, equals, text = pair.partition('=')
+            try:
+                if not equals or not key:
+                    raise ValueError
+                # mmengine's reader knows no dicts, and takes one apart at its commas.
+                options[key] = (
+                    _literal(text) if HAS_DICT.search(text) else self._parse_iterable(text)
+                )
+            except (ValueError, AssertionError, SyntaxError, RecursionError):
+                parser.error(
+                    f'{option_string} requires KEY=VALUE pairs, not {pair!r}; a dict is written '
+                    "as \"{'type': 'FPN', 'num_outs': 4}\""
+                )
+        setattr(namespace, self.dest, options)
+
+
+class _Dicts(ast.NodeTransformer):
+    """dict(a=1) as {'a': 1}, which is a literal."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.func, ast.Name) or node.func.id != 'dict' or node.args:
+            raise ValueError('only dict(key=value) is a value')
+        keys: list[ast.expr | None] = [ast.Constant(k.arg) for k in node.keywords]
+        return ast.Dict(keys=keys, values=[k.value for k in node.keywords])
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, with dict(...), or one of JSON."""
+    try:
+        return ast.literal_eval(_Dicts().visit(ast.parse(text.strip(), mode='eval')))
+    except (ValueError, SyntaxError):
+        return json.loads(text)
 
 
 def _parser(tool: str, description: str) -> argparse.ArgumentParser:
@@ -158,6 +215,7 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    set_length(cfg, args.epochs, args.iters)
     if args.amp:
         enable_amp(cfg, None if args.amp is True else args.amp)
     if args.auto_scale_lr:
@@ -167,8 +225,15 @@ def _train(args: argparse.Namespace) -> None:
                 'give; add --cfg-options auto_scale_lr.base_batch_size=N'
             )
         cfg.auto_scale_lr.enable = True
-    sources = _prepare(cfg, args, ('train', 'val'))
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or LATEST))
+    with nullcontext() if args.check_only else claimed(cfg, bool(resume)) as line:
+        if line:
+            _say(line)
+        _train_in_folder(cfg, args, resume)
+
+
+def _train_in_folder(cfg: Config, args: argparse.Namespace, resume: str | None) -> None:
+    sources = _prepare(cfg, args, ('train', 'val'))
     checkpoint: RunCheckpoint | None = None
     if resume:
         checkpoint, line = checkpoint_to_resume(cfg, resume)
@@ -178,17 +243,23 @@ def _train(args: argparse.Namespace) -> None:
         checkpoint = read_run(cfg.load_from)
     cfg.load_from = checkpoint and checkpoint.path
 
-    runner = _build_runner(cfg, sources)
+    runner = _build_runner(cfg, sources, config_beside_log=args.check_only)
     _preflight(runner, args, ('train', 'val'), sources)
+    if hint := batch_hint(cfg, runner.world_size):
+        _say(hint)
+    for note in schedule_notes(runner):
+        _say(f'warning: {note}')
+    if args.check_only:
+        return
     if cfg.get('resume'):
-        runner.register_hook(RequireFit())
+        runner.register_hook(RequireFit(classes=_classes(runner.train_loop)))
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
     elif checkpoint is not None:
-        runner.register_hook(RequireFit(least=HALF))
+        runner.register_hook(RequireFit(least=HALF, classes=_classes(runner.train_loop)))
     if uses_amp(cfg):
         keep_float32_where_needed(runner.model)
-    _hint_batch_size(cfg, runner.world_size)
+    runner.register_hook(StopAtNonFinite(), priority='HIGH')
     try:
         with passed_on(checkpoint):
             runner.train()
@@ -199,14 +270,17 @@ def _train(args: argparse.Namespace) -> None:
         ) from error
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
-    dumped = Path(runner.work_dir, Path(cfg.filename).name)
+    dumped = _shown(Path(runner.work_dir, config_name(runner)))
     if saved:
         _say(
             f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; '
-            f'next: {command("test")} {_shown(dumped)} {_shown(saved)}'
+            f'next: {command("test")} {dumped} {_shown(saved)}'
         )
     else:
-        _say(f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint.')
+        _say(
+            f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint; '
+            f'again: {command("train")} {dumped}'
+        )
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -229,24 +303,38 @@ def _test(args: argparse.Namespace) -> None:
         raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
     sources = _prepare(cfg, args, ('test',))
 
-    runner = _build_runner(cfg, sources)
+    runner = _build_runner(cfg, sources, config_beside_log=True)
     _preflight(runner, args, ('test',), sources)
+    if args.check_only:
+        return
     if args.backbone:
         for line in introduce(getattr(runner.model, 'module', runner.model), checkpoint):
             _say(line)
-    runner.register_hook(RequireFit())
+    runner.register_hook(RequireFit(classes=_classes(runner.test_loop)))
     with keep_results(runner), passed_on(checkpoint):
-        runner.test()
+        metrics = runner.test()
+    if sentence := no_ground_truth(metrics):
+        raise UserError(sentence)
+    if not metrics:
+        _say('warning: nothing was found in any image, so there are no metrics; AP is 0.')
+    if args.backbone and (note := padding(getattr(runner.model, 'module', runner.model))):
+        _say(note)
 
-    arguments = [args.config, args.checkpoint, '--show-dir', 'pictures']
-    if args.backbone:
-        arguments += ['--backbone', *args.backbone]
     results = Path(runner.log_dir, f'{runner.timestamp}.json')
+    # The config is dumped with all overrides, that of the exported backbone too.
+    again = [_shown(Path(runner.log_dir, config_name(runner))), _shown(args.checkpoint)]
+    again = [command('test'), *again]
     _say(
-        f'Wrote {_shown(results)} and pictures under {_shown(args.show_dir)}.'
+        f'Wrote {_shown(results)} and pictures under {_shown(args.show_dir)}; '
+        f'again: {" ".join(again)}'
         if args.show_dir
-        else f'Wrote {_shown(results)}; next: {command("test")} {shlex.join(arguments)}'
+        else f'Wrote {_shown(results)}; next: {" ".join([*again, "--show-dir", "pictures"])}'
     )
+
+
+def _classes(loop: Any) -> tuple[str, ...] | None:
+    """The class names of the data set of a built loop."""
+    return classes_of(loop.dataloader.dataset)
 
 
 def _say(line: str) -> None:
@@ -329,17 +417,6 @@ def _ensure_sample_data(root: str) -> None:
         time.sleep(0.1)  # until the process of rank 0 has written it
 
 
-def _hint_batch_size(cfg: Config, world_size: int) -> None:
-    scale = cfg.get('auto_scale_lr') or {}
-    batch = cfg.train_dataloader.get('batch_size')
-    base = scale.get('base_batch_size')
-    if batch and base and batch * world_size != base and not scale.get('enable'):
-        _say(
-            f'The batch is {batch} x {world_size} = {batch * world_size} images and the learning '
-            f'rate is that for {base}; --auto-scale-lr fits it.'
-        )
-
-
 class QuietRunner(Runner):
     """mmengine's runner; what nobody can act on is in its log file and not on the screen."""
 
@@ -350,19 +427,46 @@ class QuietRunner(Runner):
         return logger
 
     sources = Sources()
+    #: Whether the config is dumped into the log folder, and not beside the checkpoints of a run.
+    config_beside_log = False
+
+    def dump_config(self) -> None:
+        """As mmengine's; a test or a check leaves the config of the training run as it is."""
+        if not self.config_beside_log:
+            super().dump_config()
+        elif is_main_process():
+            self.cfg.dump(str(Path(self.log_dir, config_name(self))))
 
     def build_dataloader(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As mmengine's, with completed annotation files in place of those of the config."""
         return super().build_dataloader(self.sources.apply(dataloader), *args, **kwargs)
+
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict[str, Any] | None = None) -> None:
+        """As mmengine's, with the batches counted whose gradients are accumulated."""
+        if auto_scale_lr and auto_scale_lr.get('enable') and (count := accumulated(self.cfg)) > 1:
+            base = auto_scale_lr['base_batch_size'] / count
+            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base}
+        super().scale_lr(optim_wrapper, auto_scale_lr)
 
     def build_evaluator(self, evaluator: Any) -> Any:
         """As mmengine's, with completed annotation files in place of those of the config."""
         return super().build_evaluator(self.sources.apply(evaluator))
 
 
-def _build_runner(cfg: Config, sources: Sources) -> Runner:
+class OneTimeRunner(QuietRunner):
+    """A runner that leaves no config in the work dir."""
+
+    config_beside_log = True
+
+
+def config_name(runner: Runner) -> str:
+    """The name under which a runner dumps its config."""
+    return Path(runner.cfg.filename or f'{runner.timestamp}.py').name
+
+
+def _build_runner(cfg: Config, sources: Sources, config_beside_log: bool = False) -> Runner:
     if 'runner_type' in cfg:
         return RUNNERS.build(sources.apply(cfg))
-    runner = QuietRunner.from_cfg(cfg)
+    runner = (OneTimeRunner if config_beside_log else QuietRunner).from_cfg(cfg)
     runner.sources = sources
     return runner

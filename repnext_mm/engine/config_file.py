@@ -38,6 +38,11 @@ def load_config(name: str, options: dict[str, Any], work_dir: str | None, launch
                 cfg[key] = _moved(cfg[key], root, str(cfg.data_root))
     if cfg.get('model') is None:
         raise UserError(f'{path} has no model; give one that `repnext-mm models` lists.')
+    for split in SPLITS:
+        loader = cfg.get(f'{split}_dataloader')
+        if loader and not loader.get('num_workers'):  # torch allows neither without workers
+            loader.pop('persistent_workers', None)
+            loader.pop('prefetch_factor', None)
     neck = cfg.model.get('neck')
     if isinstance(neck, dict) and isinstance(neck.get('in_channels'), tuple):
         neck['in_channels'] = list(

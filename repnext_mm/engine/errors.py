@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,6 +68,25 @@ class UserError(Exception):
     exit_code = 1
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM), as by a scheduler, and does so in order."""
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: what is open is closed, results are kept."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a data worker, which inherits this
+            os._exit(128 + number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked again, it ends at once
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def run_tool(main: Callable[[], None]) -> int:
     """Run the body of a command line tool and return its exit code.
 
@@ -74,6 +97,9 @@ def run_tool(main: Callable[[], None]) -> int:
     try:
         with quiet():
             main()
+    except Terminated:
+        print('terminated', file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
@@ -91,6 +117,11 @@ def run_tool(main: Callable[[], None]) -> int:
 def explain(error: BaseException) -> str | None:
     """The sentence for an error that the user can fix, or None for a bug."""
     for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return (
+                f'{link.filename or "a file"} cannot be written ({link.strerror}); free space on '
+                'its disk, or give another folder.'
+            )
         if isinstance(link, UserError) or _is_ours(link):
             return _one_line(link)
         for kind, pattern, sentence in KNOWN_ERRORS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,21 @@ class ExportedBackbone(BaseModule):
                     f'{_described(found[0])}; give files of one network.'
                 )
         self.out_channels, self.out_strides = found[0]
+        #: Images that were run, and of these those padded to the size of each file.
+        self.seen = 0
+        self.padded: Counter[str] = Counter()
         self.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExportedBackbone:
+        """Share the open files, which have no weights: EMA copies a model to average them."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        shared = ('artifacts', 'padded')
+        copied.__dict__ = {
+            key: value if key in shared else copy.deepcopy(value, memo)
+            for key, value in self.__dict__.items()
+        }
+        return copied
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage.
@@ -81,6 +97,9 @@ class ExportedBackbone(BaseModule):
         height, width = images.shape[2:]
         artifact = self._smallest(height, width)
         full = _padded(images, artifact.input_shape[2] or height, artifact.input_shape[3] or width)
+        self.seen += len(images)
+        if full is not images:
+            self.padded[str(artifact.path)] += len(images)
         stages = _in_batches(artifact, full)
         return tuple(
             torch.from_numpy(stage[:, :, : -(-height // stride), : -(-width // stride)]).to(x)
@@ -160,6 +179,22 @@ def introduce(model: Any, checkpoint: RunCheckpoint) -> list[str]:
                 f'{checkpoint.path}, whose neck and head may not know its features.'
             )
     return lines
+
+
+def padding(model: Any) -> str | None:
+    """A line on how many images were padded to the size of an exported file, if any were.
+
+    The padding takes part in the convolutions and in what attends to the whole image, so results
+    differ from those of the network.
+    """
+    backbone = model.backbone
+    if not backbone.padded:
+        return None
+    files = ', '.join(f'{count} to the size of {path}' for path, count in backbone.padded.items())
+    return (
+        f'warning: {backbone.padded.total()} of {backbone.seen} images were padded ({files}), '
+        'which changes their features; export a file of their own size, or with --dynamic hw.'
+    )
 
 
 def _check_fit(model: Any) -> None:
