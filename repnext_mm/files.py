@@ -1,16 +1,23 @@
-"""Files that are complete under their name, or not there at all."""
+"""Files that are complete under their name, or not there at all; locks; bounded reading."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from mmengine.fileio import LocalBackend, register_backend
 
 BACKEND = 'atomic_local'
 TEMPORARY_SUFFIX = '.tmp'
+#: Bytes of the largest JSON file that is read: reports have some thousands.
+MOST_JSON = 64 << 20
 
 
 @contextmanager
@@ -37,6 +44,93 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, 'utf-8', newline='\n')
+
+
+class FolderBusy(OSError):
+    """Another process works in a folder; `owner` is what it wrote about itself."""
+
+    def __init__(self, path: Path, owner: str) -> None:
+        super().__init__(f'{path} is held by another process ({owner})')
+        self.owner = owner
+
+
+def hold(path: str | Path) -> FileLock:
+    """Take the lock file `path` for this process, and write into it whose it is.
+
+    The system frees the lock of a process that was killed. `let_go` frees it.
+
+    Raises:
+        FolderBusy: Another process holds it.
+        OSError: It cannot be written.
+    """
+    path = Path(path)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FolderBusy(path, lock_owner(path)) from error
+    path.write_text(
+        f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n',
+        'utf-8',
+    )
+    return lock
+
+
+def let_go(lock: FileLock) -> None:
+    """Free a lock that `hold` took, and remove its file."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+def lock_owner(path: str | Path) -> str:
+    """What the holder of a lock wrote about itself."""
+    try:
+        return Path(path).read_text('utf-8').strip() or 'unknown'
+    except (OSError, ValueError):
+        return 'unknown'
+
+
+def require_regular(path: str | Path) -> Path:
+    """`path`, if it is a regular file: opening a pipe or a device could wait for ever.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = 'folder' if path.is_dir() else 'pipe or device'
+        raise ValueError(f'{path} is a {kind}, not a regular file.')
+    return path
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file in UTF-8, bounded in size, and without NaN and infinity.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not JSON of at most `MOST_JSON` bytes, or no regular file.
+    """
+    path = require_regular(path)
+    size = path.stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f'{path} has {size} bytes, and at most {MOST_JSON} are read.')
+    return parse_json(path.read_text('utf-8'))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, without NaN and infinity.
+
+    Raises:
+        ValueError: It is not JSON, too deep, or has numbers that no file of ours has.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError('it is nested too deeply') from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f'{name} is not a number of JSON')
 
 
 @register_backend(BACKEND)

@@ -25,7 +25,7 @@ from repnext_mm import RecNeXt, RepNeXt, reparameterize
 from repnext_mm.deploy.cli import deploy_main, format_table
 from repnext_mm.deploy.errors import UsageError
 from repnext_mm.deploy.exporters import Job
-from repnext_mm.deploy.folders import make_folder
+from repnext_mm.deploy.folders import LOCK, make_folder
 from repnext_mm.deploy.formats import FORMATS, TORCH_EXPORT, choose_formats
 from repnext_mm.deploy.source import NAMES, load_source
 from repnext_mm.runtimes import open_artifact
@@ -459,8 +459,13 @@ def test_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [f['format'] for f in report['failures']] == ['pth', 'torchscript']
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    'signum, code, word',
+    [(signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'terminated')],
+)
+def test_interrupted(
+    signum: int, code: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / 'out'
     out.mkdir()
     (out / 'notes.txt').write_text('mine')
@@ -480,8 +485,8 @@ def test_interrupted(signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         done = run_here(deploy_main, *argv, cwd=tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert done.returncode == 130
-    assert done.stderr.strip().endswith('interrupted')
+    assert done.returncode == code
+    assert done.stderr.strip().endswith(word)
     assert 'Traceback' not in done.stderr
     assert contents(out) == {'notes.txt', f'{STEM}.pth', 'golden_64x64_b1.npz'}
 
@@ -494,13 +499,40 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
     (left / 'half.onnx').write_text('...')
     report = tmp_path / f'report.json.{dead.pid}.tmp'
     report.write_text('{')
-    alive = tmp_path / f'.partial-{os.getppid()}-abc'
-    alive.mkdir()
     argv = ('repnext_m0', '--size', 64, '--format', 'pth', '--work-dir', tmp_path)
     assert deploy(*argv) == 0
     assert not left.exists()
     assert not report.exists()
-    assert alive.exists()
+
+
+def test_folder_into_which_another_run_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other is a process that holds the lock; what it is writing stays."""
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            'import sys, time; from repnext_mm.files import hold; lock = hold(sys.argv[1]); '
+            'print("held", flush=True); time.sleep(600)',
+            str(tmp_path / LOCK),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    partial = tmp_path / '.partial-abc'
+    partial.mkdir()
+    argv = ('repnext_m0', '--size', 64, '--format', 'pth', '--work-dir', tmp_path)
+    try:
+        assert deploy(*argv) == 2
+        assert f'process {holder.pid}' in capsys.readouterr().err
+        assert partial.exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert deploy(*argv) == 0
+    assert not partial.exists()
 
 
 # --- the table of formats

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import multiprocessing
+import re
 import threading
 import time
 import zipfile
@@ -52,6 +54,9 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.claim_more = 0
         self.delay = 0.0
+        self.stall = 0.0
+        self.redirects: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
 
     def url(self, path: str) -> str:
         return f'http://127.0.0.1:{self.server_port}{path}'
@@ -63,6 +68,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         time.sleep(self.server.delay)
+        if target := self.server.redirects.get(self.path):
+            self.send_response(302)
+            self.send_header('Location', target)
+            for name, value in self.server.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return
         body = self.server.files.get(self.path)
         if body is None:
             self.send_error(404)
@@ -70,6 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header('Content-Length', str(len(body) + self.server.claim_more))
         self.end_headers()
+        if self.server.stall:
+            self.wfile.write(body[:100])
+            self.wfile.flush()
+            time.sleep(self.server.stall)
+            return
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -92,8 +109,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cached(cache: Path) -> list[str]:
-    """Files in the cache, without the locks that stay there."""
-    return sorted(p.name for p in cache.iterdir() if not p.name.endswith('.lock'))
+    """Files in the cache, without the locks that stay there and the digests."""
+    return sorted(p.name for p in cache.iterdir() if p.suffix not in ('.lock', '.sha256'))
 
 
 @pytest.fixture
@@ -316,6 +333,136 @@ def test_processes_that_start_together_download_once(release: Server) -> None:
     assert len(set(paths)) == 1
     assert read_weights(paths[0]).tensors.keys() == (state_of() | classifier()).keys()
     assert len(release.asked) == 1
+
+
+# --- digests
+
+
+def weights_at(server: Server, path: str, tmp_path: Path) -> bytes:
+    save_bare(tmp_path / 'w.pth')
+    server.files[path] = (tmp_path / 'w.pth').read_bytes()
+    return server.files[path]
+
+
+@pytest.mark.parametrize('place', [100, -300])
+def test_cached_file_that_changed(server: Server, cache: Path, tmp_path: Path, place: int) -> None:
+    weights_at(server, '/w.pth', tmp_path)
+    path = fetch(server.url('/w.pth')).path
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    refuse(server.url('/w.pth'), str(path), 'delete', 'SHA-256')
+    path.unlink()
+    fetch(server.url('/w.pth'))
+    assert len(server.asked) == 2
+
+
+def test_cached_file_that_is_cut_short(server: Server, cache: Path, tmp_path: Path) -> None:
+    weights_at(server, '/w.pth', tmp_path)
+    path = fetch(server.url('/w.pth')).path
+    path.write_bytes(path.read_bytes()[:-50])
+    refuse(server.url('/w.pth'), str(path), 'delete')
+
+
+def test_first_use_of_a_file_that_lies_there_records_it(
+    server: Server, cache: Path, tmp_path: Path
+) -> None:
+    weights_at(server, '/w.pth', tmp_path)
+    path = fetch(server.url('/w.pth')).path
+    record = path.with_name(f'{path.name}.sha256')
+    written = record.read_text()
+    record.unlink()
+    assert fetch(server.url('/w.pth')).sha256 in record.read_text() == written
+
+
+@pytest.mark.parametrize('right', [True, False])
+def test_digest_in_the_file_name(server: Server, cache: Path, tmp_path: Path, right: bool) -> None:
+    digest = hashlib.sha256(weights_at(server, '/x', tmp_path)).hexdigest()
+    name = f'/w-{digest[:8] if right else "0123abcd"}.pth'
+    weights_at(server, name, tmp_path)
+    if right:
+        assert fetch(server.url(name)).sha256 == digest
+    else:
+        refuse(server.url(name), '0123abcd', digest[:16])
+        assert cached(cache) == []
+
+
+@pytest.mark.parametrize('right', [True, False])
+def test_digest_that_the_hub_tells(
+    server: Server, cache: Path, tmp_path: Path, right: bool
+) -> None:
+    digest = hashlib.sha256(weights_at(server, '/real', tmp_path)).hexdigest()
+    told = digest if right else '0' * 64
+    server.redirects['/w.pth'] = server.url('/real')
+    server.headers = {'X-Linked-ETag': f'"{told}"'}
+    if right:
+        fetch(server.url('/w.pth'))
+    else:
+        refuse(server.url('/w.pth'), '0' * 16, digest[:16])
+        assert cached(cache) == []
+
+
+# --- the connection
+
+
+@pytest.mark.parametrize('target', ['file:///etc/passwd', 'ftp://127.0.0.1/w.pth', 'data:,x'])
+def test_redirect_that_leaves_http(server: Server, cache: Path, target: str) -> None:
+    server.redirects['/w.pth'] = target
+    refuse(server.url('/w.pth'), 'redirect', target.split(':')[0])
+
+
+@pytest.mark.parametrize('where', ['connection', 'on the way'])
+def test_server_that_sends_nothing(
+    where: str, server: Server, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('repnext_mm.checkpoints.fetching.STALL_SECONDS', 0.5)
+    weights_at(server, '/w.pth', tmp_path)
+    if where == 'connection':
+        server.delay = 3
+    else:
+        server.stall = 3
+    start = time.monotonic()
+    refuse(server.url('/w.pth'), server.url('/w.pth'), 'nothing came')
+    assert time.monotonic() - start < 2.5
+    assert cached(cache) == []
+
+
+def test_waiting_for_another_process_is_said(
+    server: Server, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    weights_at(server, '/w.pth', tmp_path)
+    server.delay = 1.0
+    context = multiprocessing.get_context('fork')
+    with context.Pool(2) as pool:
+        pool.map(fetch, [server.url('/w.pth')] * 2, chunksize=1)
+    waiting = [line for line in capfd.readouterr().err.splitlines() if 'Waiting' in line]
+    assert len(waiting) == 1
+    assert re.search(r'process \d+', waiting[0])
+
+
+def test_what_a_killed_download_left_is_cleared_and_no_other(
+    server: Server, cache: Path, tmp_path: Path
+) -> None:
+    weights_at(server, '/w.pth', tmp_path)
+    weights_at(server, '/v.pth', tmp_path)
+    server.stall = 60
+    context = multiprocessing.get_context('fork')
+    running = [context.Process(target=fetch, args=(server.url(f'/{name}.pth'),)) for name in 'wv']
+    for process in running:
+        process.start()
+    end = time.monotonic() + 20
+    while len(list(cache.glob('.download-*'))) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    running[0].kill()
+    running[0].join()
+    server.stall = 0
+    fetch(server.url('/w.pth'))
+    left = [p.name for p in cache.glob('.download-*')]
+    assert len(left) == 1
+    assert 'v.pth' in left[0]
+    running[1].kill()
+    running[1].join()
 
 
 @pytest.fixture

@@ -459,16 +459,9 @@ class EndInTest(Hook):
             signal.raise_signal(self.number)
 
 
-@pytest.fixture
-def usual_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.mark.compat
 def test_sigterm_in_a_test_keeps_what_is_finished(
-    shapes: Path, trained: Path, tmp_path: Path, usual_signals: None
+    shapes: Path, trained: Path, tmp_path: Path
 ) -> None:
     hook = f"custom_hooks=[dict(type='EndInTest',after=0,number={int(signal.SIGTERM)})]"
     done = evaluate(

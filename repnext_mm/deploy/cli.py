@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from ..configs import is_config_name
-from ..engine.errors import run_tool
+from ..engine.errors import run_tool, sigterm_raises
 from ..measure import artifacts, tables
 from ..measure.rounds import Schedule
 from ..network import PLANS
@@ -55,15 +54,8 @@ def deploy_main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, 'export')
     args = parser.parse_args(arguments)
     # A job that is terminated cleans up as one that is interrupted does.
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with sigterm_raises():
         return run_tool(lambda: verbs[args.verb](args))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[str]]:

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import TEMPORARY_SUFFIX
+from ..files import TEMPORARY_SUFFIX, FolderBusy, hold, let_go
 from .errors import ExportError, UsageError
 
 PARTIAL = '.partial-'
+LOCK = '.deploy.lock'
 #: Errors of a full disk, a quota and a limit on file sizes.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Less than this is as good as nothing: libraries that write in C++ do not say why they failed.
@@ -39,15 +40,39 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """In this context, no other process writes into the output folder.
+
+    Raises:
+        UsageError: One does already; it is named.
+    """
+    make_folder(folder)
+    try:
+        lock = hold(folder / LOCK)
+    except FolderBusy as busy:
+        raise UsageError(
+            f'another run writes into {folder} ({busy.owner}); wait until it ends, or give another '
+            '--work-dir.'
+        ) from busy
+    try:
+        yield
+    finally:
+        let_go(lock)
+
+
+@contextlib.contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the results for what is not complete yet; removed however this ends."""
-    for left in folder.iterdir():  # by runs that were killed outright
-        found = re.match(rf'{re.escape(PARTIAL)}(\d+)-', left.name)
-        found = found or re.search(rf'\.(\d+){re.escape(TEMPORARY_SUFFIX)}$', left.name)
-        if found and not Path('/proc', found[1]).exists():
+    """A folder beside the results for what is not complete yet; removed however this ends.
+
+    The folder is `owned`, so what is left of others is of processes that were killed.
+    """
+    for left in folder.iterdir():
+        temporary = re.search(rf'\.\d+{re.escape(TEMPORARY_SUFFIX)}$', left.name)
+        if temporary or left.name.startswith(PARTIAL):
             remove(left)
-    name = f'{PARTIAL}{os.getpid()}-'
-    with tempfile.TemporaryDirectory(prefix=name, dir=folder, ignore_cleanup_errors=True) as path:
+    with tempfile.TemporaryDirectory(
+        prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True
+    ) as path:
         yield Path(path)
 
 

@@ -37,7 +37,7 @@ from .errors import (
     UsageError,
 )
 from .exporters import Job, Preprocess
-from .folders import disk_errors, make_folder, partial_folder, place, remove, shown
+from .folders import disk_errors, make_folder, owned, partial_folder, place, remove, shown
 from .formats import Format
 from .inspection import batch_norms, convolutions
 from .parity import (
@@ -333,7 +333,13 @@ class Export:
 
         Raises:
             ExportError, ParityError, SomeFailedError: After the report is written.
+            UsageError: Another process writes into the folder.
         """
+        with owned(self.folder):
+            self._check_nothing_is_lost()  # by a run that ended since
+            return self._export_all()
+
+    def _export_all(self) -> Report:
         report = Report.start(
             self.folder, self._model_record(), [self._plan_record(plan) for plan in self.fused]
         )

@@ -31,7 +31,7 @@ from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
 from .device import choose_device
-from .errors import UserError, end_on_sigterm, run_tool
+from .errors import UserError, run_tool, sigterm_raises
 from .exported_backbone import introduce, padding, put_in_place
 from .finite import StopAtNonFinite
 from .preflight import Sources, check_config, check_sources, preflight, require
@@ -114,11 +114,11 @@ def _run(
     argv: Sequence[str] | None,
 ) -> int:
     args = parser.parse_args(argv)
-    end_on_sigterm()
     local_rank = os.environ.get('SLURM_LOCALID', args.local_rank)
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
     try:
-        return run_tool(lambda: main(args))
+        with sigterm_raises():
+            return run_tool(lambda: main(args))
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,24 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM), as by a scheduler, and does so in order."""
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: what is open is closed, results are kept."""
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """In this context, SIGTERM ends this process as Ctrl-C does: in order, and results are kept."""
     if threading.current_thread() is not threading.main_thread():
+        yield
         return
     owner = os.getpid()
 
     def end(number: int, frame: Any) -> None:
         if os.getpid() != owner:  # a data worker, which inherits this
             os._exit(128 + number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked again, it ends at once
         raise Terminated
 
-    signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_tool(main: Callable[[], None]) -> int:

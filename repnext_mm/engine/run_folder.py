@@ -9,9 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from mmengine.config import Config
 
+from ..files import FolderBusy, hold, let_go, lock_owner
 from .errors import UserError
 
 LOCK = '.training.lock'
@@ -35,12 +36,12 @@ def claimed(cfg: Config, resumes: bool) -> Iterator[str | None]:
     for folder in numbered(asked):
         if not resumes and has_checkpoints(cfg, folder):
             continue
-        lock = _lock(folder) if first else None
+        lock = _hold(folder) if first else None
         if lock or not first:
             break
         if resumes:
             raise UserError(
-                f'another process (number {_owner(asked)}) is training in {asked}; wait until it '
+                f'another run is at work in {asked} ({lock_owner(asked / LOCK)}); wait until it '
                 'ends, or give another --work-dir.'
             )
     cfg.work_dir = str(folder)
@@ -54,8 +55,7 @@ def claimed(cfg: Config, resumes: bool) -> Iterator[str | None]:
         yield line
     finally:
         if lock is not None:
-            (folder / LOCK).unlink(missing_ok=True)
-            lock.release()
+            let_go(lock)
 
 
 def numbered(folder: Path) -> Iterator[Path]:
@@ -74,24 +74,14 @@ def has_checkpoints(cfg: Mapping[str, Any], folder: Path) -> bool:
     return any(any(f.glob('*.pth')) for f in folders)
 
 
-def _lock(folder: Path) -> FileLock | None:
+def _hold(folder: Path) -> FileLock | None:
     """The lock of `folder`, held; None if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=0)
-        lock.acquire()
-        (folder / LOCK).write_text(f'{os.getpid()}\n')
-    except Timeout:
+        return hold(folder / LOCK)
+    except FolderBusy:
         return None
     except OSError as error:
         raise UserError(
             f'--work-dir {folder} cannot be written ({error.strerror}); give another folder.'
         ) from error
-    return lock
-
-
-def _owner(folder: Path) -> str:
-    try:
-        return (folder / LOCK).read_text().strip() or 'unknown'
-    except OSError:
-        return 'unknown'
