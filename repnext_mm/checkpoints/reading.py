@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..files import require_regular
 from .errors import CheckpointError
 from .safe_globals import SafeGlobal
 from .torchscript import archive_root, read_torchscript
+
+#: Memory that reading any file may take beside what its size explains.
+SPARE = 2 << 30
 
 Kind = Literal['torch checkpoint', 'TorchScript archive', 'safetensors file']
 
@@ -53,7 +58,10 @@ class File:
     @classmethod
     def read(cls, path: str | os.PathLike[str], label: str | None = None) -> File:
         """Read a file; messages call it by its path unless `label` is given."""
-        data = Path(path).read_bytes()
+        try:
+            data = require_regular(Path(path)).read_bytes()
+        except ValueError as err:
+            raise CheckpointError(f'{str(err).rstrip(".")}; give a weight file.') from err
         return cls(Path(path), label or str(path), data, hashlib.sha256(data).hexdigest())
 
     def open(self) -> io.BytesIO:
@@ -92,7 +100,7 @@ def read_weights(file: File | Path, label: str | None = None) -> Weights:
         container, tensors = _find_tensors(read_checkpoint(file, _EXTRA_GLOBALS), file.label)
         return Weights(file.label, kind, container, tensors, file.sha256)
     reader = read_torchscript if kind == 'TorchScript archive' else _read_safetensors
-    with _damage_named(file.label):
+    with _damage_named(file.label), bounded_memory(len(file.data)):
         tensors = reader(file.open())
     if not tensors:
         raise CheckpointError(f'{file.label} is a {kind} without any tensor to load.')
@@ -108,7 +116,7 @@ def read_checkpoint(file: File, extra_globals: Sequence[SafeGlobal] = ()) -> Any
     missing = [g for g in extra_globals if g not in torch.serialization.get_safe_globals()]
     with _damage_named(file.label):
         try:
-            with torch.serialization.safe_globals(missing):
+            with torch.serialization.safe_globals(missing), bounded_memory(len(file.data)):
                 return torch.load(file.open(), map_location='cpu', weights_only=True)
         except CheckpointError as err:  # from our stand-in for getattr
             raise CheckpointError(f'{file.label} was not loaded: {err}') from err
@@ -223,16 +231,43 @@ def _refused_objects(file: File, message: str) -> list[str]:
 
 
 @contextmanager
+def bounded_memory(size: int) -> Iterator[None]:
+    """In this context, this process gets little more memory than a file of `size` bytes explains.
+
+    A few hundred bytes can ask for gigabytes. What asks for more fails with a MemoryError, or with
+    torch's RuntimeError. Only Linux can tell how much the process has.
+    """
+    if sys.platform != 'linux':
+        yield
+        return
+    import resource
+
+    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + 8 * size + SPARE
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
 def _damage_named(label: str) -> Iterator[None]:
     """Turn whatever a parser makes of broken bytes into one sentence."""
     try:
         yield
     except CheckpointError:
         raise
-    except MemoryError:
-        raise
     except Exception as err:
         reason = str(err).strip().partition('\n')[0] or type(err).__name__
+        if isinstance(err, MemoryError) or "can't allocate memory" in str(err):
+            reason = 'it asks for more memory than its size explains'
+        elif 'eights only load failed' in reason or 'weights_only' in reason:
+            found = re.search(r'WeightsUnpickler error: (.+)', str(err))
+            reason = found[1] if found else 'its pickle is not that of weights'
         raise CheckpointError(_damaged(label, reason)) from err
 
 

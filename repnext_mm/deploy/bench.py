@@ -37,12 +37,22 @@ CHOICE_SCHEDULE = Schedule(rounds=15, round_s=0.02, warmup_cap_s=2.0, budget_s=4
 
 
 def artifact_subject(
-    row: Format, path: Path, shape: Sequence[int], plan: str, dtype: str, precision: str | None
+    row: Format,
+    path: Path,
+    shape: Sequence[int],
+    plan: str,
+    dtype: str,
+    precision: str | None,
+    trust: bool = True,
 ) -> Subject:
     """The row of one artifact, compared with that of plan `upstream`."""
     computed = precision or dtype
     base = precision or float_dtype(dtype)
-    spec: Record = {'shape': list(shape), 'path': str(row.file(path).resolve())}
+    spec: Record = {
+        'shape': list(shape),
+        'path': str(row.file(path).resolve()),
+        'trust': trust,
+    }
     if precision:
         spec['precision'] = precision
     return Subject(
@@ -67,6 +77,7 @@ def bench_artifacts(
     schedule: Schedule = SCHEDULE,
     compiled: bool = True,
     reduced: Sequence[str] = ('bf16',),
+    trust: bool = True,
     log: Console | None = None,
 ) -> Measured:
     """Time artifacts of a report, all of one size, and what they are compared with.
@@ -80,6 +91,7 @@ def bench_artifacts(
         schedule: How long.
         compiled: Whether to add PyTorch compiled, which needs a minute or more to compile.
         reduced: OpenVINO's other precisions, where the CPU computes in them.
+        trust: Run files that are code, as those of this process's own export.
         log: For progress.
     """
     shape = (artifacts[0]['metadata']['batch'], 3, *artifacts[0]['size'])
@@ -92,7 +104,7 @@ def bench_artifacts(
             if row.runtime is None or record['status'] != 'ok' or row.runtime == 'torch':
                 continue
             base = _upstream_of(record, artifacts, folder, network, shape, Path(scratch))
-            rows += _artifact_rows(row, record, folder, base, shape, reduced)
+            rows += _artifact_rows(row, record, folder, base, shape, reduced, trust)
         unique = {row.name: row for row in rows}
         return measure(
             list(unique.values()),
@@ -130,6 +142,7 @@ def _artifact_rows(
     base: Path,
     shape: Sequence[int],
     reduced: Sequence[str],
+    trust: bool,
 ) -> Iterator[Subject]:
     """An artifact and the `upstream` artifact it is compared with, both in every precision."""
     plan, dtype = record['metadata']['plan'], record['dtype']
@@ -138,7 +151,8 @@ def _artifact_rows(
         precisions += [name for name in reduced if openvino_takes(name)]
     for precision in precisions:
         yield artifact_subject(row, base, shape, UPSTREAM, float_dtype(dtype), precision)
-        subject = artifact_subject(row, folder / record['path'], shape, plan, dtype, precision)
+        path = folder / record['path']
+        subject = artifact_subject(row, path, shape, plan, dtype, precision, trust)
         yield replace(subject, facts={**subject.facts, 'path': record['path']})
 
 
@@ -186,6 +200,7 @@ def bench_report(
     threads: int | None = None,
     compiled: bool = True,
     schedule: Schedule = SCHEDULE,
+    trust: bool = False,
     log: Console | None = None,
 ) -> list[Measured]:
     """Time the artifacts of a report, put the figures into it, and draw them beside it.
@@ -213,6 +228,7 @@ def bench_report(
             threads=threads,
             compiled=compiled,
             schedule=schedule,
+            trust=trust,
             log=log,
         )
         batch, height, width = key

@@ -1,28 +1,48 @@
-"""Comparing the artifacts of a folder again, with nothing but what is in it."""
+"""Comparing the artifacts of a folder again, with nothing but what is in it.
+
+A report is data that somebody wrote: it says which file was exported how, and not how well a file
+has to compute. What a file must keep to is `TOLERANCES`, and nothing outside of the folder is read.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ..runtimes import ArtifactError, open_artifact
-from .errors import ParityError
+from .errors import ParityError, UsageError
 from .formats import FORMATS
-from .parity import Golden, Tolerance, check_artifact
+from .parity import TOLERANCES, Golden, check_artifact
 from .report import Record, Report, digest
 
+#: What a record of an artifact has, and of which type it is.
+FIELDS = {'path': str, 'format': str, 'dtype': str, 'sha256': str, 'golden': str}
 
-def check_folder(report: Report, log: Console) -> None:
+
+def check_folder(report: Report, log: Console, trust: bool = False) -> None:
     """Check that every artifact is the file that was reported, and still computes its outputs.
 
     The report's rows are those of this check afterwards; the files stay as they are.
 
+    Args:
+        report: As it was loaded.
+        log: For progress.
+        trust: Run files that are code (TorchScript, AOTInductor).
+
     Raises:
-        ParityError: One is missing, was changed, or differs.
+        ParityError: One is missing, was changed, differs, or may not be run.
+        UsageError: The report has other fields than those of a report.
     """
+    records = report.data.get('artifacts')
+    if not isinstance(records, list):
+        raise UsageError(f'the report in {report.folder} lists no artifacts; export again.')
     failed = []
     report.data['parity'] = []
-    for record in report.data['artifacts']:
-        record['status'], reason = _check(report, record)
+    for record in records:
+        _require_fields(report, record)
+        record['status'], reason = _check(report, record, trust)
         log.print(
             f'{record["status"]}: {record["path"]}{reason and f": {reason}"}',
             highlight=False,
@@ -34,30 +54,53 @@ def check_folder(report: Report, log: Console) -> None:
     report.data['status'] = 'failed' if failed else 'ok'
     if failed:
         raise ParityError(
-            f'{len(failed)} of {len(report.data["artifacts"])} artifacts failed: '
-            f'{"; ".join(failed)}; export again with --force.'
+            f'{len(failed)} of {len(records)} artifacts failed: {"; ".join(failed)}; export again '
+            'with --force.'
         )
 
 
-def _check(report: Report, record: Record) -> tuple[str, str]:
+def _require_fields(report: Report, record: Any) -> None:
+    for name, kind in FIELDS.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kind):
+            raise UsageError(
+                f'the report in {report.folder} has an artifact with {name}={value!r:.60}, '
+                'expected text; export again.'
+            )
+    for name, allowed in (('format', FORMATS), ('dtype', TOLERANCES)):
+        if record[name] not in allowed:
+            raise UsageError(
+                f'the report in {report.folder} has an artifact with {name}={record[name]!r:.60}; '
+                f'there are {", ".join(allowed)}.'
+            )
+
+
+def _outside(report: Report, name: str) -> bool:
+    """Whether a file of the report, or what belongs to it, is not in the folder of the report."""
+    folder, path = report.folder.resolve(), report.folder / name
+    parts = [path, *path.rglob('*')] if path.is_dir() else [path, path.with_suffix('.bin')]
+    return any(folder not in part.resolve().parents for part in parts)
+
+
+def _check(report: Report, record: Record, trust: bool) -> tuple[str, str]:
     """The status of one artifact, and why."""
-    path = report.folder / record['path']
+    path, expected = report.folder / record['path'], report.folder / record['golden']
     row = FORMATS[record['format']]
+    if any(_outside(report, record[name]) for name in ('path', 'golden')):
+        return 'FAILED', f'it or {Path(record["golden"]).name} is not in this folder'
     if not path.exists():
         return 'FAILED', 'the file is missing'
     if digest(path) != record['sha256']:
         return 'FAILED', 'the file was changed since it was exported'
     if row.runtime is None:
         return 'unverified', 'nothing on this system runs it'
-    expected = report.folder / record['golden']
     if not expected.exists():
         return 'FAILED', f'{expected.name} is missing'
     try:
-        with open_artifact(row.file(path)) as artifact:
-            tolerance = Tolerance(**{k: float(v) for k, v in record['tolerance'].items()})
-            rows = check_artifact(artifact, [Golden.load(expected)], tolerance)
+        with open_artifact(row.file(path), trust=trust) as artifact:
+            rows = check_artifact(artifact, [Golden.load(expected)], TOLERANCES[record['dtype']])
             runtime = {'runtime': artifact.runtime, 'precision': artifact.precision}
-    except ArtifactError as error:
+    except (ArtifactError, ValueError) as error:
         return 'FAILED', str(error)
     report.data['parity'] += [
         {'path': record['path'], 'format': row.name, **runtime, **r.as_record()} for r in rows

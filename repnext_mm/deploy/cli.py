@@ -24,7 +24,7 @@ from ..text import parse_size
 from . import bench
 from .calibration import ENOUGH_IMAGES
 from .check import check_folder
-from .errors import UsageError
+from .errors import ParityError, UsageError
 from .explain import explain
 from .exporters import IOS_TARGETS, OPSETS
 from .folders import shown
@@ -124,6 +124,7 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     )
     bench_.add_argument('folder', type=Path, help='an output folder, or the report.json in it')
     _add_bench(bench_)
+    _add_trust(bench_)
     _add_output(bench_)
 
     explain_ = subparsers.add_parser(
@@ -132,17 +133,27 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     explain_.add_argument('artifacts', type=Path, nargs='+', help='files that an export wrote')
     explain_.add_argument('--threads', type=_positive, help="to compute on (None: the runtime's)")
     explain_.add_argument('--precision', choices=('f32', 'bf16', 'f16'), help='of OpenVINO')
+    _add_trust(explain_)
     _add_output(explain_)
 
     check = subparsers.add_parser(
         'check', help='compare the artifacts of a folder again', formatter_class=defaults
     )
     check.add_argument('folder', type=Path, help='an output folder, or the report.json in it')
+    _add_trust(check)
     _add_output(check)
 
     formats = subparsers.add_parser('formats', help='list the formats')
     formats.add_argument('--json', action='store_true', help='as JSON')
     return parser, list(verbs)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='run files that are code (TorchScript, AOTInductor), which you made',
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +236,7 @@ def _export(args: argparse.Namespace) -> None:
     export = Export(source, options, folder, log)
     report = export.run()
     if args.bench:
-        _time(args, report, log)
+        _time(args, report, log, trust=True)  # what this process has just written
     _finish(args, report, log)
     export.raise_failures()
     if not args.json and not args.quiet:
@@ -273,16 +284,17 @@ def _export_model(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     log = _log(args)
     report = Report.load(args.folder)
-    _time(args, report, log)
+    _time(args, report, log, trust=args.trust)
     _finish(args, report, log)
 
 
-def _time(args: argparse.Namespace, report: Report, log: Console) -> None:
+def _time(args: argparse.Namespace, report: Report, log: Console, trust: bool) -> None:
     for measured in bench.bench_report(
         report,
         threads=args.threads,
         compiled=not args.no_compile,
         schedule=_schedule(args),
+        trust=trust,
         log=log,
     ):
         artifacts.show(measured, log)
@@ -296,7 +308,9 @@ def _explain(args: argparse.Namespace) -> None:
     log = _log(args)
     records = []
     for path in args.artifacts:
-        explanation = explain(path, threads=args.threads, precision=args.precision)
+        explanation = explain(
+            path, threads=args.threads, precision=args.precision, trust=args.trust
+        )
         explanation.show(log)
         records.append(explanation.as_record())
     if args.json:
@@ -307,9 +321,11 @@ def _check(args: argparse.Namespace) -> None:
     log = _log(args)
     report = Report.load(args.folder)
     try:
-        check_folder(report, log)
-    finally:
+        check_folder(report, log, trust=args.trust)
+    except ParityError:
         _finish(args, report, log)
+        raise
+    _finish(args, report, log)
 
 
 def _formats(args: argparse.Namespace) -> None:

@@ -110,14 +110,20 @@ def _show(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def explain(
-    path: str | Path, *, threads: int | None = None, precision: str | None = None, runs: int = 5
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    precision: str | None = None,
+    trust: bool = False,
+    runs: int = 5,
 ) -> Explanation:
     """Profile an artifact on noise of its own size, or 512x512 where that is open.
 
     Raises:
         ArtifactError: The file cannot be opened or run.
     """
-    with open_artifact(path, threads=threads, precision=precision) as artifact:
+    opened = open_artifact(path, threads=threads, precision=precision, trust=trust)
+    with opened as artifact:
         size = artifact.metadata.get('size') or (512, 512)
         default = (artifact.metadata.get('batch', 1), 3, *size)
         shape = [own or other for own, other in zip(artifact.input_shape, default)]

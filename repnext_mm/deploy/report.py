@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..files import write_text
+from ..files import read_json, write_text
 from ..measure import environment
+from ..text import printable
 from .errors import UsageError
 
 SCHEMA_VERSION = 1
@@ -72,7 +73,7 @@ class Report:
         """
         file = path / JSON_NAME if path.is_dir() else path
         try:
-            data = json.loads(file.read_text('utf-8'))
+            data = _shown_as_text(read_json(file))
         except FileNotFoundError as error:
             raise UsageError(
                 f'{file} does not exist; give the folder that an export was written to.'
@@ -259,3 +260,12 @@ def _plain(value: Any) -> Any:
 def _number(value: float | str) -> float:
     """A number of a report, read back from text where JSON has none for it."""
     return float(value)
+
+
+def _shown_as_text(node: Any) -> Any:
+    """A report of somebody else, with nothing in its texts that a terminal would obey."""
+    if isinstance(node, str):
+        return printable(node)
+    if isinstance(node, dict):
+        return {printable(key): _shown_as_text(value) for key, value in node.items()}
+    return [_shown_as_text(value) for value in node] if isinstance(node, list) else node

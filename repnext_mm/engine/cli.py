@@ -28,6 +28,7 @@ from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..checkpoints.runs import passed_on
 from ..operators import explain as explain_operators
 from ..program import command, program
+from ..text import printable
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import load_config
 from .device import choose_device
@@ -104,6 +105,11 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         '--precision',
         choices=('f32', 'bf16', 'f16'),
         help='what an OpenVINO backbone computes in (None: f32)',
+    )
+    parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='run a backbone that is code (TorchScript, AOTInductor), which you made',
     )
     return _run(_test, parser, argv)
 
@@ -298,7 +304,7 @@ def _test(args: argparse.Namespace) -> None:
         cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
     if args.backbone:
-        put_in_place(cfg, args.backbone, args.precision)
+        put_in_place(cfg, args.backbone, args.precision, args.trust)
     elif args.precision:
         raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
     sources = _prepare(cfg, args, ('test',))
@@ -340,7 +346,7 @@ def _classes(loop: Any) -> tuple[str, ...] | None:
 def _say(line: str) -> None:
     """Print from the first process only, which launchers name before the process group exists."""
     if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def _shown(path: str | Path) -> str:

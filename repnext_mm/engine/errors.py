@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import re
@@ -16,10 +17,13 @@ from typing import Any
 
 import torch
 
+from ..text import printable
 from .quiet import quiet
 
 PACKAGE = Path(__file__).resolve().parent.parent
 TRACEBACK_VARIABLE = 'REPNEXT_MM_TRACEBACK'
+#: Lines with which torch tells how to load a file that it refused.
+ADVICE = re.compile(r'weights_only|Weights only load failed|arbitrary code execution')
 
 #: What other packages raise for a mistake of the user, deep inside their code, and what to say.
 #: A group of the pattern fills the sentence.
@@ -112,12 +116,33 @@ def run_tool(main: Callable[[], None]) -> int:
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get(TRACEBACK_VARIABLE):
-            traceback.print_exc()
-        if sentence is not None:
-            rank = os.environ.get('RANK')
-            print(f'error{f" [rank {rank}]" if rank else ""}: {sentence}', file=sys.stderr)
+            print(_trace(error), file=sys.stderr)
+        rank = os.environ.get('RANK')
+        where = f'error{f" [rank {rank}]" if rank else ""}'
+        print(f'{where}: {printable(sentence or _report(error))}', file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 1
     return 0
+
+
+def _trace(error: BaseException) -> str:
+    """The traceback, without torch's advice to load files unsafely."""
+    text = ''.join(traceback.format_exception(error))
+    return printable('\n'.join(line for line in text.splitlines() if not ADVICE.search(line)))
+
+
+def _report(error: BaseException) -> str:
+    """What to do about a bug."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = Path(frames[-1].filename) if frames else PACKAGE
+    parts = last.parts
+    library = parts[parts.index('site-packages') + 1] if 'site-packages' in parts else None
+    ours = library is None or PACKAGE in last.resolve().parents
+    what = 'a bug of repnext_mm' if ours else f'an error in {library} that nobody expected'
+    return (
+        f'this is {what} ({type(error).__name__}: {_one_line(error)[:200]}); please report it '
+        'where you got repnext_mm from (CONTRIBUTING.md), with the lines above and what '
+        '`repnext-mm doctor` prints.'
+    )
 
 
 def explain(error: BaseException) -> str | None:
@@ -144,11 +169,29 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package's own code raised `error` about a value or a file it was given."""
+    """Whether this package's own code raised `error` about a value or a file it was given.
+
+    Python's own errors about values, as of calling None, come from a statement that raises
+    nothing, and are bugs.
+    """
     if not isinstance(error, ValueError | TypeError | OSError) or error.__traceback__ is None:
         return False
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return PACKAGE in Path(raised_in).resolve().parents
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if PACKAGE not in Path(frame.filename).resolve().parents:
+        return False
+    return isinstance(error, OSError) or _raises(frame.filename, frame.lineno or 0)
+
+
+def _raises(filename: str, line: int) -> bool:
+    """Whether the statement at `line` is a `raise`."""
+    try:
+        tree = ast.parse(Path(filename).read_text('utf-8'))
+    except (OSError, SyntaxError):
+        return False
+    return any(
+        isinstance(node, ast.Raise) and node.lineno <= line <= (node.end_lineno or node.lineno)
+        for node in ast.walk(tree)
+    )
 
 
 def _one_line(error: BaseException) -> str:

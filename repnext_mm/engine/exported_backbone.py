@@ -35,6 +35,7 @@ class ExportedBackbone(BaseModule):
             the same network, for different sizes.
         precision: What OpenVINO computes in: 'f32', 'bf16' or 'f16'.
         threads: Number of threads to compute on; PyTorch's when None.
+        trust: Run files that are code (TorchScript, AOTInductor); say so for files that you made.
 
     Raises:
         ArtifactError: A file cannot be opened, does not return feature maps, or differs from the
@@ -46,12 +47,15 @@ class ExportedBackbone(BaseModule):
         artifact: str | Sequence[str],
         precision: str | None = None,
         threads: int | None = None,
+        trust: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
         paths = [artifact] if isinstance(artifact, str | Path) else [*artifact]
         threads = threads or torch.get_num_threads()
-        self.artifacts = [open_artifact(p, threads=threads, precision=precision) for p in paths]
+        self.artifacts = [
+            open_artifact(p, threads=threads, precision=precision, trust=trust) for p in paths
+        ]
         for each in self.artifacts:
             if each.metadata.get('preprocess'):
                 raise ArtifactError(
@@ -135,7 +139,9 @@ class ExportedBackbone(BaseModule):
         return f'{type(self).__name__}({files})'
 
 
-def put_in_place(cfg: Config, artifacts: Sequence[str], precision: str | None) -> None:
+def put_in_place(
+    cfg: Config, artifacts: Sequence[str], precision: str | None, trust: bool = False
+) -> None:
     """Let the config's model run exported files for its backbone, in place.
 
     Raises:
@@ -146,7 +152,7 @@ def put_in_place(cfg: Config, artifacts: Sequence[str], precision: str | None) -
             f'the model {cfg.model.get("type")} has no backbone that an exported one could replace.'
         )
     cfg.model.backbone = dict(
-        type=ExportedBackbone.__name__, artifact=[*artifacts], precision=precision
+        type=ExportedBackbone.__name__, artifact=[*artifacts], precision=precision, trust=trust
     )
 
 

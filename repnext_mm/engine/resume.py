@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import CheckpointError, File, RunCheckpoint, read_checkpoint
 from ..checkpoints.reading import check_crc
+from ..text import printable
 from .errors import UserError
 from .finite import first_non_finite
 
@@ -140,7 +141,7 @@ class RequireFit(Hook):
                 raise UserError(difference)
             line = f'{line} {difference}' if difference else line
         if self.least < 1 and is_main_process():
-            print(line, flush=True)
+            print(printable(line), flush=True)
         if runner.cfg.get('resume'):
             self._compare_training(runner, checkpoint, path)
 
@@ -148,7 +149,7 @@ class RequireFit(Hook):
         require_optimizer(runner.optim_wrapper, checkpoint, path)
         if is_main_process():
             for line in what_stays(runner, checkpoint):
-                print(line, flush=True)
+                print(printable(line), flush=True)
 
 
 def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: float = 1.0) -> str:

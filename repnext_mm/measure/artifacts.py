@@ -79,14 +79,20 @@ class Subject:
 def open_subject(spec: Record) -> tuple[Callable[[], Any], Record]:
     """What a worker runs for `spec`, and what is known of it.
 
-    `spec` has `shape` and `threads`, and `path` (with `precision` for OpenVINO) or `network`: the
+    `spec` has `shape` and `threads`, and `path` (with `precision` for OpenVINO, and `trust` for a
+    file that is code) or `network`: the
     family, arch, plan, layout, and whether to compile.
     """
     torch.set_num_threads(spec['threads'])
     image = noise(spec['shape'])
     if 'path' not in spec:
         return _open_network(spec['network'], image), {'runtime': 'torch', 'precision': 'f32'}
-    artifact = open_artifact(spec['path'], threads=spec['threads'], precision=spec.get('precision'))
+    artifact = open_artifact(
+        spec['path'],
+        threads=spec['threads'],
+        precision=spec.get('precision'),
+        trust=spec.get('trust', False),
+    )
     array = image.numpy()
     facts = {'runtime': artifact.runtime, 'precision': artifact.precision}
     return lambda: artifact.run(array), facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
+
+from ..files import parse_json
 
 #: The key under which every artifact carries its metadata, as one JSON string.
 METADATA_KEY = 'repnext_mm'
@@ -49,6 +50,8 @@ class Artifact(ABC):
     #: Name of the runtime, and of the package that it comes in.
     runtime: ClassVar[str]
     package: ClassVar[str] = 'torch'
+    #: What the file is if running it runs code of its own; None for data.
+    program: ClassVar[str | None] = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,7 +126,7 @@ def import_runtime(artifact: Artifact) -> ModuleType:
 def read_metadata(artifact: Artifact, properties: dict[str, Any]) -> dict[str, Any]:
     text = properties.get(METADATA_KEY)
     try:
-        metadata = json.loads(text) if text else {}
+        metadata = parse_json(text) if text else {}
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):

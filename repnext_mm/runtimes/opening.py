@@ -31,12 +31,13 @@ def open_artifact(
     threads: int | None = None,
     precision: str | None = None,
     providers: Sequence[str] | None = None,
+    trust: bool = False,
 ) -> Artifact:
     """Open an exported backbone.
 
-    ONNX, OpenVINO and fused `.pth` files contain data alone, and so does an exported program
-    (`.pt2`) that is not refused. An AOTInductor package is machine code, and a TorchScript file is
-    a program that can write files: open only those that you made.
+    ONNX, OpenVINO and fused `.pth` files are data, and so is an exported program (`.pt2`) that is
+    not refused. An AOTInductor package is machine code, and a TorchScript file is a program, which
+    can write files and never end: they are opened only with `trust`.
 
     Args:
         path: An `.onnx` file, an OpenVINO `.xml` file or the folder with it, a `.pt2` file
@@ -46,13 +47,20 @@ def open_artifact(
         precision: What OpenVINO computes in: 'f32' (when None), 'bf16' or 'f16'. The other
             runtimes compute in what the file says.
         providers: ONNX Runtime's execution providers; the CPU's when None.
+        trust: Open a file that is code; say so for files that you made.
 
     Raises:
-        ArtifactError: There is no such file, its runtime is not installed or refuses it, or it is
-            not a backbone: one image `(N, 3, H, W)` in, feature maps out.
+        ArtifactError: There is no such file, it is code and not trusted, its runtime is not
+            installed or refuses it, or it is not a backbone: one image `(N, 3, H, W)` in, feature
+            maps out.
     """
     file = _find(Path(path))
     artifact = _kind(file)(file)
+    if artifact.program and not trust:
+        raise ArtifactError(
+            f'{file} is {artifact.program}, and running it runs whatever it contains; if you made '
+            'it, add --trust (in Python: trust=True).'
+        )
     if precision is not None and not isinstance(artifact, OpenVINOArtifact):
         raise ArtifactError(
             f'precision={precision!r} is a setting of OpenVINO; {file} computes in what it was '
@@ -85,6 +93,8 @@ def _find(path: Path) -> Path:
         return found[0]
     if not path.exists():
         raise ArtifactError(f'there is no file {path}; tools/deploy.py writes such files.')
+    if not path.is_file() and path.suffix != '.mlpackage':  # a pipe would be waited for
+        raise ArtifactError(f'{path} is no regular file; give a file that tools/deploy.py wrote.')
     return path
 
 

@@ -8,7 +8,6 @@ parts are data, its sizes are arithmetic, and its functions are ATen operators.
 from __future__ import annotations
 
 import ast
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from ..files import MOST_JSON, parse_json
 from .artifact import ArtifactError
 
 #: Names of functions in a graph: ATen's operators, and arithmetic of sizes.
@@ -46,6 +46,13 @@ SYNTAX = (
 LONGEST = 20_000  # characters of one expression
 
 
+def _read_json(archive: zipfile.ZipFile, name: str) -> Any:
+    size = archive.getinfo(name).file_size
+    if size > MOST_JSON:
+        raise ArtifactError(f'{name} has {size} bytes, and at most {MOST_JSON} are read.')
+    return parse_json(archive.read(name).decode('utf-8'))
+
+
 def load_program(path: Path, extra_files: dict[str, str] | None = None) -> ExportedProgram:
     """What `torch.export.save` wrote, by `torch.export.load`, once it is known to be data.
 
@@ -68,14 +75,14 @@ def _code_in(archive: zipfile.ZipFile, name: str) -> str:
     if part.startswith('data/constants/custom_obj') or part == '':
         return f'{name} is a Python pickle'
     if re.fullmatch(r'data/(weights|constants)/\w+_config\.json', part):
-        config = json.loads(archive.read(name))['config']
+        config = _read_json(archive, name)['config']
         if any(entry['use_pickle'] for entry in config.values()):
             return f'{name} is a Python pickle'
     elif part.startswith('data/sample_inputs/'):
         with archive.open(name) as file:
             torch.load(file, weights_only=True)
     elif part.startswith('models/') and part.endswith('.json'):
-        for key, text in _entries(json.loads(archive.read(name))):
+        for key, text in _entries(_read_json(archive, name)):
             if key == 'expr_str' and not is_arithmetic(text):
                 return f'{name} has the size {text[:60]!r}, which is no arithmetic,'
             if key == 'target' and not TARGET.fullmatch(text):

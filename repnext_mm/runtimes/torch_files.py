@@ -73,6 +73,7 @@ class AOTInductorArtifact(TorchArtifact):
     """Machine code that AOTInductor compiled for one kind of processor."""
 
     runtime = 'aotinductor'
+    program = 'machine code'
 
     def load_module(self) -> None:
         from torch._inductor import aoti_load_package
@@ -88,6 +89,7 @@ class TorchScriptArtifact(TorchArtifact):
     """A traced or scripted module."""
 
     runtime = 'torchscript'
+    program = 'a TorchScript program'
 
     def load_module(self) -> None:
         extra: dict[str, Any] = {METADATA_KEY: ''}

@@ -16,6 +16,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.runner.loops import BaseLoop
 
+from ...text import printable
 from ..errors import UserError
 from .built import Summary, check_dataset, classes_of, kept_random_state, leaf_datasets
 from .findings import Finding, error, some
@@ -36,10 +37,10 @@ def require(findings: Iterable[Finding], report: Path | None = None) -> None:
     findings = list(dict.fromkeys(findings))
     for finding in findings:
         if finding.level == 'warning':
-            print(f'warning: {finding.sentence}', file=sys.stderr, flush=True)
+            print(f'warning: {printable(finding.sentence)}', file=sys.stderr, flush=True)
     errors = [finding.sentence for finding in findings if finding.level == 'error']
     for sentence in errors[1:]:
-        print(f'error: {sentence}', file=sys.stderr, flush=True)
+        print(f'error: {printable(sentence)}', file=sys.stderr, flush=True)
     if errors:
         if report is not None:
             write_report(report, (), findings, None)

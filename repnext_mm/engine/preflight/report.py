@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from mmengine.runner.loops import BaseLoop
 
 from ...files import write_text
+from ...text import printable
 from .built import Summary
 from .coco import RULES
 from .findings import Finding
@@ -49,7 +50,7 @@ def show(summaries: Sequence[Summary], runner: Runner) -> None:
     console.print(table)
     for summary in summaries:
         if summary.classes:
-            console.print(escape(_classes(summary)), soft_wrap=True)
+            console.print(escape(printable(_classes(summary))), soft_wrap=True)
         if summary.rules:
             parts = ', '.join(f'{count} {RULES[rule]}' for rule, count in summary.rules.items())
             console.print(escape(f'{summary.split}: left out {parts}'), soft_wrap=True)
