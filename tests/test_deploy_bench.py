@@ -243,7 +243,7 @@ def test_openvino_is_asked_for_bfloat16_where_the_cpu_has_it(
 ) -> None:
     monkeypatch.setattr(environment, 'isa_flags', lambda: flags)
     exact = record('openvino', 'full')
-    rows = bench._artifact_rows(FORMATS['openvino'], exact, folder, folder, SHAPE, ['bf16'])
+    rows = bench._artifact_rows(FORMATS['openvino'], exact, folder, folder, SHAPE, ['bf16'], True)
     names = [row.name for row in rows]
     assert ('openvino bf16, full' in names) is takes
     assert 'openvino fp32, full' in names
@@ -383,7 +383,8 @@ COUNTS = {'other convolution': 2, '1x1 convolution': 14, 'depthwise convolution'
 
 @pytest.mark.parametrize('name', HERE)
 def test_a_profile_finds_every_convolution_of_the_network(name: str, folder: Path) -> None:
-    explanation = explain(FORMATS[name].file(folder / f'full{FORMATS[name].suffix}'), runs=2)
+    path = FORMATS[name].file(folder / f'full{FORMATS[name].suffix}')
+    explanation = explain(path, runs=2, trust=True)
     assert explanation.runtime == (FORMATS[name].runtime or '')
     kinds = explanation.kinds
     assert sum(row['share'] for row in kinds.values()) == pytest.approx(1)

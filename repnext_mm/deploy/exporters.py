@@ -186,15 +186,23 @@ def export_pt2(job: Job, path: Path) -> None:
         torch.export.save(job.program(), buffer, extra_files={METADATA_KEY: job.metadata_text})
 
 
+#: What a package says about itself, for programs that load it without this one.
+AOTI_LIMITS = (
+    'The input must be contiguous float32 of the size above: the package checks neither strides '
+    'nor sizes, and computes garbage from others without an error.'
+)
+
+
 def export_aoti(job: Job, path: Path) -> None:
     """A library compiled by AOTInductor for the processor at hand."""
     from torch import _inductor
 
+    metadata = json.dumps({**json.loads(job.metadata_text), 'limits': AOTI_LIMITS})
     with in_memory(path) as buffer:
         _inductor.aoti_compile_and_package(
             job.program(device=job.device),
             package_path=buffer,
-            inductor_configs={'aot_inductor.metadata': {METADATA_KEY: job.metadata_text}},
+            inductor_configs={'aot_inductor.metadata': {METADATA_KEY: metadata}},
         )
 
 

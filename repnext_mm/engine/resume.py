@@ -307,6 +307,8 @@ def _place(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     ):
         for prefix in dict.fromkeys(key.removesuffix(name) for name in names for key in given
                                     if key.endswith(name)):  # fmt: skip
+            if part == 'model' and not prefix:
+                continue  # where it belongs
             if sum(prefix + name in given for name in names) > len(names) / 2:
                 where = f'under {prefix!r}' if prefix else 'alone'
                 return f' (the {part} is in it {where})'

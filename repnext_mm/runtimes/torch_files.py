@@ -83,6 +83,11 @@ class AOTInductorArtifact(TorchArtifact):
         self.device = properties['AOTI_DEVICE_KEY']
         self.module = package
         self.metadata = read_metadata(self, properties)
+        if not self.metadata.get('size'):
+            raise ArtifactError(
+                f'{self.path} does not say for which size it was compiled, and computes garbage '
+                'from others; give a package that tools/deploy.py wrote.'
+            )
 
 
 class TorchScriptArtifact(TorchArtifact):
