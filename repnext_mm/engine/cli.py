@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
 import shlex
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,9 +16,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.hooks import CheckpointHook
-from mmengine.logging import MMLogger
-from mmengine.registry import RUNNERS
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
@@ -24,14 +25,19 @@ from ..checkpoints.runs import passed_on
 from ..operators import explain as explain_operators
 from ..program import command, program
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
-from .config_file import load_config
+from .config_file import fit_workers, load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
 from .exported_backbone import introduce, put_in_place
-from .quiet import announce, quiet_log
-from .rescue import keep_results
+from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
+from .literals import literal
+from .quiet import announce
+from .rescue import Terminated, explain_full_disk, keep_results, raise_on_sigterm
 from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
+from .run_folder import claim_folder, join_processes, make_folder, release_folders
+from .runner import accumulated, build_runner, dumped_config
+from .schedule import rescale, schedule_warnings
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +63,15 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         action='store_true',
         help='scale the learning rate by the real batch size / the batch size of the recipe',
     )
+    length = parser.add_mutually_exclusive_group()
+    for option, metavar, unit in (('--epochs', 'N', 'epochs'), ('--iters', 'N', 'iterations')):
+        length.add_argument(
+            option,
+            type=_positive,
+            metavar=metavar,
+            help=f'train for N {unit} (None: as the config says); warm-up, milestones and ends of '
+            'the schedule move along',
+        )
     return _run(_train, parser, argv)
 
 
@@ -88,21 +103,49 @@ def _run(
     args = parser.parse_args(argv)
     local_rank = os.environ.get('SLURM_LOCALID', args.local_rank)
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    logging.raiseExceptions = False  # a full disk is said once, not for each line of the log
     try:
-        return run_tool(lambda: main(args))
+        with raise_on_sigterm():
+            return run_tool(lambda: main(args))
+    except Terminated as end:
+        print('terminated', file=sys.stderr)
+        return int(end.code or 0)
     finally:
+        release_folders()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 class _Options(DictAction):
-    """mmengine's KEY=VALUE action; a malformed one is a usage error, not a traceback."""
+    """mmengine's KEY=VALUE action, also for dicts; a malformed pair is a usage error."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (ValueError, AssertionError):
-            parser.error(f'{option_string} requires KEY=VALUE pairs, not {" ".join(values)!r}')
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for text in values:
+            try:
+                key, value = text.split('=', maxsplit=1)
+                options[key] = self._parse(value)
+            except (ValueError, AssertionError, RecursionError):
+                parser.error(
+                    f'{option_string} requires KEY=VALUE pairs, not {text!r}; a value is a number, '
+                    'a text, None, a list [1,2], or a dict: "a.b=dict(type=\'X\', c=1)"'
+                )
+        setattr(namespace, self.dest, options)
+
+    def _parse(self, value: str) -> Any:
+        bare = value.strip()
+        if bare.startswith(('{', 'dict(')) or (
+            bare.startswith(('[', '(')) and any(word in bare for word in ('{', 'dict('))
+        ):
+            return literal(bare)
+        return self._parse_iterable(value)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, not {text}')
+    return value
 
 
 def _parser(tool: str, description: str) -> argparse.ArgumentParser:
@@ -148,6 +191,8 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    if line := rescale(cfg, args.epochs, args.iters):
+        _say(line)
     if args.amp:
         enable_amp(cfg, None if args.amp is True else args.amp)
     if args.auto_scale_lr:
@@ -157,8 +202,18 @@ def _train(args: argparse.Namespace) -> None:
                 'give; add --cfg-options auto_scale_lr.base_batch_size=N'
             )
         cfg.auto_scale_lr.enable = True
+    resume: str | None = args.resume
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or LATEST
     _prepare(cfg, args, ('train', 'val'))
-    resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or LATEST))
+    with explain_full_disk(cfg.work_dir):
+        join_processes(cfg)
+        if line := claim_folder(cfg, None if resume == LATEST else resume, stay=resume == LATEST):
+            _say(line)
+        _train_in_folder(cfg, resume)
+
+
+def _train_in_folder(cfg: Config, resume: str | None) -> None:
     checkpoint: RunCheckpoint | None = None
     if resume:
         checkpoint, line = checkpoint_to_resume(cfg, resume)
@@ -168,16 +223,23 @@ def _train(args: argparse.Namespace) -> None:
         checkpoint = read_run(cfg.load_from)
     cfg.load_from = checkpoint and checkpoint.path
 
-    runner = _build_runner(cfg)
+    runner = build_runner(cfg)
     if cfg.get('resume'):
-        runner.register_hook(RequireFit())
+        runner.register_hook(RequireFit('train', resume=True))
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
     elif checkpoint is not None:
-        runner.register_hook(RequireFit(least=HALF))
+        runner.register_hook(RequireFit('train', least=HALF))
+    runner.register_hook(StopAtNonFiniteLoss())
+    runner.register_hook(SayWhatWasNotMeasured())
     if uses_amp(cfg):
         keep_float32_where_needed(runner.model)
+
+    # --- checks of the built run go here: nothing is loaded and nothing has started
     _hint_batch_size(cfg, runner.world_size)
+    for warning in schedule_warnings(cfg, _epoch_length(runner)):
+        _say(f'warning: {warning}')
+
     try:
         with passed_on(checkpoint):
             runner.train()
@@ -188,14 +250,17 @@ def _train(args: argparse.Namespace) -> None:
         ) from error
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
-    dumped = Path(runner.work_dir, Path(cfg.filename).name)
+    dumped = _shown(dumped_config(runner))
     if saved:
         _say(
             f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; '
-            f'next: {command("test")} {_shown(dumped)} {_shown(saved)}'
+            f'next: {command("test")} {dumped} {_shown(saved)}'
         )
     else:
-        _say(f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint.')
+        _say(
+            f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint; '
+            f'again: {command("train")} {dumped}'
+        )
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -217,24 +282,51 @@ def _test(args: argparse.Namespace) -> None:
     elif args.precision:
         raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
     _prepare(cfg, args, ('test',))
+    if args.backbone:
+        _drop_averaging(cfg)
+    with explain_full_disk(cfg.work_dir):
+        make_folder(cfg.work_dir)
+        _test_in_folder(cfg, args, checkpoint)
 
-    runner = _build_runner(cfg)
+
+def _test_in_folder(cfg: Config, args: argparse.Namespace, checkpoint: RunCheckpoint) -> None:
+    runner = build_runner(cfg, evaluation=True)
     if args.backbone:
         for line in introduce(getattr(runner.model, 'module', runner.model), checkpoint):
             _say(line)
-    runner.register_hook(RequireFit())
+    runner.register_hook(RequireFit('test'))
+    runner.register_hook(SayWhatWasNotMeasured(stop=True))
+
+    # --- checks of the built run go here: nothing is loaded and nothing has started
+
     with keep_results(runner), passed_on(checkpoint):
         runner.test()
 
-    arguments = [args.config, args.checkpoint, '--show-dir', 'pictures']
+    arguments = [_shown(dumped_config(runner)), _shown(args.checkpoint)]
+    results = _shown(Path(runner.log_dir, f'{runner.timestamp}.json'))
+    if args.show_dir:
+        wrote, following = f'{results} and pictures under {_shown(args.show_dir)}.', 'Again'
+    else:
+        wrote, following = f'{results};', 'next'
+        arguments += ['--show-dir', 'pictures']
     if args.backbone:
-        arguments += ['--backbone', *args.backbone]
-    results = Path(runner.log_dir, f'{runner.timestamp}.json')
-    _say(
-        f'Wrote {_shown(results)} and pictures under {_shown(args.show_dir)}.'
-        if args.show_dir
-        else f'Wrote {_shown(results)}; next: {command("test")} {shlex.join(arguments)}'
-    )
+        arguments += ['--backbone', *map(shlex.quote, args.backbone)]
+        arguments += ['--precision', args.precision] if args.precision else []
+    _say(f'Wrote {wrote} {following}: {command("test")} {" ".join(arguments)}')
+
+
+def _drop_averaging(cfg: Config) -> None:
+    """Leave out hooks that copy the model, which an exported backbone cannot be copied with.
+
+    A checkpoint has the averaged weights under the names of the model, where a test finds them.
+    """
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_averaging(hook)]
+
+
+def _is_averaging(hook: Any) -> bool:
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    kind = HOOKS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, EMAHook)
 
 
 def _say(line: str) -> None:
@@ -257,20 +349,9 @@ def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> No
     if int(os.environ['LOCAL_RANK']) == 0:
         announce('Checking the data ...')
         check_data(cfg, splits)
-        _make_work_dir(Path(cfg.work_dir))
-    if line := choose_device(cfg, args.device, args.launcher):
-        _say(line)
-
-
-def _make_work_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'--work-dir {path} cannot be written ({error.strerror}); give another folder.'
-        ) from error
+    for line in (fit_workers(cfg), choose_device(cfg, args.device, args.launcher)):
+        if line:
+            _say(line)
 
 
 def import_framework(scope: str | None) -> None:
@@ -303,22 +384,25 @@ def _hint_batch_size(cfg: Config, world_size: int) -> None:
     scale = cfg.get('auto_scale_lr') or {}
     batch = cfg.train_dataloader.get('batch_size')
     base = scale.get('base_batch_size')
-    if batch and base and batch * world_size != base and not scale.get('enable'):
+    if not batch or not base:
+        return
+    factors = [batch, world_size]
+    if (steps := accumulated(cfg)) > 1:
+        factors.append(steps)
+    whole = math.prod(factors)
+    product = f'{" x ".join(map(str, factors))} = {whole} images'
+    if scale.get('enable'):
+        _say(f'The batch is {product} and the recipe has {base}: learning rate x {whole / base:g}.')
+    elif whole != base:
         _say(
-            f'The batch is {batch} x {world_size} = {batch * world_size} images and the learning '
-            f'rate is that for {base}; --auto-scale-lr fits it.'
+            f'The batch is {product} and the learning rate is that for {base}; '
+            '--auto-scale-lr fits it.'
         )
 
 
-class QuietRunner(Runner):
-    """mmengine's runner; what nobody can act on is in its log file and not on the screen."""
-
-    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
-        """As mmengine's, before the environment and the config are logged."""
-        logger = super().build_logger(*args, **kwargs)
-        quiet_log(logger)
-        return logger
-
-
-def _build_runner(cfg: Config) -> Runner:
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
+def _epoch_length(runner: Runner) -> int | None:
+    """Iterations of an epoch in each process, if the data set has an end."""
+    try:
+        return len(runner.train_dataloader)
+    except TypeError:
+        return None

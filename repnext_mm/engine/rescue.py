@@ -1,18 +1,78 @@
-"""What an evaluation has found is kept when it stops in the middle."""
+"""A run that is stopped or has no space left: what it has found is kept, and a line says why."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 from mmengine.runner.loops import BaseLoop
 
 from ..files import write_text
+from .errors import UserError
+
+#: No space, no quota, or a file larger than the system allows.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived: what is open is put away as after Ctrl-C, and the process ends with 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@contextmanager
+def raise_on_sigterm() -> Iterator[None]:
+    """In this context, SIGTERM raises `Terminated` in the main thread of this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there may a handler be set
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a fork, such as a data worker, has nothing to put away
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def explain_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """In this context, an error for want of space is one for the user.
+
+    Args:
+        folder: What the run writes to, for an error that does not name its file.
+
+    Raises:
+        UserError: There is no space left; the message has the file and what is free.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        path = Path(os.fsdecode(error.filename or folder))
+        free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+        raise UserError(
+            f'{path} cannot be written: {error.strerror}, {free / 2**20:.1f} MiB are free there; '
+            'free some space, or give a --work-dir on another disk.'
+        ) from error
 
 
 @contextmanager
@@ -27,8 +87,22 @@ def keep_results(runner: Runner) -> Iterator[None]:
     except BaseException:
         loop = runner._test_loop
         if isinstance(loop, BaseLoop) and get_world_size() == 1:
-            _save(runner, loop)
+            with _sigterm_ignored():
+                _save(runner, loop)
         raise
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Launchers pass on the signal that their processes have got already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _save(runner: Runner, loop: BaseLoop) -> None:
@@ -42,8 +116,11 @@ def _save(runner: Runner, loop: BaseLoop) -> None:
     total = len(loop.dataloader.dataset)
     found = loop.evaluator.evaluate(finished)
     content = {'finished_images': finished, 'images': total, **found}
+    text = json.dumps(content, default=float)
     path = Path(runner.log_dir, f'{runner.timestamp}_unfinished.json')
-    write_text(path, json.dumps(content, default=float))
-    print(
-        f'Stopped after {finished} of {total} images; their metrics are in {path}.', file=sys.stderr
-    )
+    try:
+        write_text(path, text)
+        where = f'in {path}'
+    except OSError as error:
+        where = f'not in {path} ({error.strerror}): {text}'
+    print(f'Stopped after {finished} of {total} images; their metrics are {where}', file=sys.stderr)

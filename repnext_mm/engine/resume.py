@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoints import CheckpointError, File, RunCheckpoint, read_checkpoint
 from ..checkpoints.reading import check_crc
 from .errors import UserError
+from .run_folder import checkpoints_newest_first
+from .stored import (
+    classes_difference,
+    require_classes,
+    require_finite,
+    require_optimizer,
+    resume_note,
+)
 
 LATEST = 'latest'
 #: A run that starts from the weights of another one with less than this share starts from nothing.
@@ -77,49 +83,47 @@ def read_resumable(path: str | Path) -> RunCheckpoint | str:
     return RunCheckpoint(str(path), content, file.sha256)
 
 
-def checkpoints_newest_first(work_dir: str | Path, hook_cfg: dict) -> Iterator[Path]:
-    """The regular checkpoints of a run, found by the numbers in their names.
-
-    `last_checkpoint`, which mmengine follows, is not read: a kill can leave it empty, half-written
-    or one behind.
-    """
-    folder = Path(work_dir)
-    if hook_cfg.get('out_dir'):
-        folder = Path(hook_cfg['out_dir']) / folder.name  # as CheckpointHook does
-    by_epoch = hook_cfg.get('by_epoch', True)
-    template = hook_cfg.get('filename_tmpl') or ('epoch_{}.pth' if by_epoch else 'iter_{}.pth')
-    name = re.compile(re.escape(template).replace(re.escape('{}'), r'(\d+)'))
-    found = {
-        int(match[1]): path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := name.fullmatch(path.name))
-    }
-    for number in sorted(found, reverse=True):
-        yield found[number]
-
-
 class RequireFit(Hook):
     """Refuse a checkpoint of another model, of which mmengine would load what happens to fit.
 
     Args:
+        split: Whose data set names the classes: 'train' or 'test'.
         least: Share of the model's entries that must be in the checkpoint; with less than all,
-            a line says how many are.
+            a line says how many are, and other classes are only said.
+        resume: The optimizer's state must fit as well, and a line says what stays of it.
     """
 
-    def __init__(self, least: float = 1.0) -> None:
+    def __init__(self, split: str, least: float = 1.0, resume: bool = False) -> None:
+        self.split = split
         self.least = least
+        self.resume = resume
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Compare names and shapes before anything is loaded.
+        """Compare names, shapes and classes before anything is loaded.
 
         Raises:
-            UserError: Too few entries fit, or one is NaN or infinite.
+            UserError: Too few entries fit, one is NaN or infinite, or the run was another one.
         """
         model = getattr(runner.model, 'module', runner.model)
         path = str(runner.cfg.load_from)
-        line = require_fit(model, checkpoint, path, self.least)
-        if self.least < 1 and is_main_process():
-            print(line, flush=True)
+        meta = checkpoint.get('meta')
+        if isinstance(meta, dict):
+            meta.pop('config', None)  # mmengine would run this text; what it stores itself is 'cfg'
+        lines: list[str | None] = [require_fit(model, checkpoint, path, self.least)]
+        dataset = getattr(runner, f'{self.split}_dataloader').dataset
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        if self.least < 1:
+            difference = classes_difference(checkpoint, classes, path)
+            lines.append(difference and f'warning: {difference}.')
+        else:
+            require_classes(checkpoint, classes, path)
+            lines.clear()
+        if self.resume:
+            require_optimizer(checkpoint, runner.optim_wrapper, runner.cfg, path)
+            lines.append(resume_note(checkpoint, runner.cfg))
+        if is_main_process():
+            for line in filter(None, lines):
+                print(line, flush=True)
 
 
 def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: float = 1.0) -> str:
@@ -130,7 +134,7 @@ def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: 
 
     Raises:
         UserError: Less than `least` of the model's entries are in the checkpoint, or one of its
-            entries is NaN or infinite.
+            entries, or of its optimizer's, is NaN or infinite.
     """
     own = {
         key: value.shape
@@ -147,12 +151,7 @@ def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: 
             f'match, {unfit[0]} is the first that does not{_place(own, given)}; use the config '
             'that the checkpoint was trained with, which is beside it in the work dir.'
         )
-    for key, value in given.items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise UserError(
-                f'{path} has NaN or infinity in {key}; use a checkpoint from before the training '
-                'diverged.'
-            )
+    require_finite(checkpoint, path)
     return f'Loading {matched} of the {len(own)} entries of the model from {path}.'
 
 
