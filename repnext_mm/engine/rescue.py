@@ -67,10 +67,10 @@ def explain_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        path = Path(os.fsdecode(error.filename or folder))
-        free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+        path = Path(os.fsdecode(error.filename)) if error.filename else None
+        free = shutil.disk_usage(path.parent if path and path.parent.is_dir() else folder).free
         raise UserError(
-            f'{path} cannot be written: {error.strerror}, {free / 2**20:.1f} MiB are free there; '
+            f'{path or f"a file of the run in {os.fspath(folder)}"} cannot be written: {error.strerror}, {free / 2**20:.1f} MiB are free there; '
             'free some space, or give a --work-dir on another disk.'
         ) from error
 

@@ -69,11 +69,20 @@ def config_classes(cfg: Config, split: str = 'test') -> tuple[str, ...] | None:
             return names
         inner = dataset.get('dataset') or dataset.get('datasets')
         if inner is None:
-            kind = dataset.get('type')
-            built = DATASETS.get(kind) if isinstance(kind, str) else kind
+            built = _registered(dataset, cfg.get('default_scope'))
             return _names(getattr(built, 'METAINFO', {}).get('classes'))
         dataset = inner[0] if isinstance(inner, Sequence) else inner
     return None
+
+
+def _registered(dataset: Mapping[str, Any], scope: str | None) -> Any:
+    """The class of a data set, if its framework is imported already."""
+    kind = dataset.get('type')
+    if not isinstance(kind, str):
+        return kind
+    name = kind.rpartition('.')[2]
+    registries = [r for r in (DATASETS.children.get(scope), DATASETS) if r is not None]
+    return next((r.module_dict[name] for r in registries if name in r.module_dict), None)
 
 
 def require_classes(content: Mapping[str, Any], classes: Sequence[str] | None, path: str) -> None:
