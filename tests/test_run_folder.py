@@ -173,7 +173,7 @@ def test_a_full_disk_keeps_what_can_be_kept(
     assert len(errors) == 1 and 'Traceback' not in done.stderr
     assert re.search(r'test\S* cannot be written: File too large.* MiB are free', errors[0])
     if within:
-        assert re.search(r'Stopped after 1 of .*bytes are needed\): {.*"mIoU": ', done.stderr)
+        assert re.search(r'Stopped after 2 of .*bytes are needed\): {.*"mIoU": ', done.stderr)
     else:
         assert re.search(r'\d+ bytes are needed', errors[0])
         assert 'mIoU: ' in done.stdout + done.stderr
