@@ -71,8 +71,8 @@ def explain_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
         free = shutil.disk_usage(path.parent if path and path.parent.is_dir() else folder).free
         place = f'a file of the run in {os.fspath(folder)}'
         raise UserError(
-            f'{path or place} cannot be written: {error.strerror}, {free / 2**20:.1f} MiB are free there; '
-            'free some space, or give a --work-dir on another disk.'
+            f'{path or place} cannot be written: {error.strerror}, {free / 2**20:.1f} MiB are free '
+            'there; free some space, or give a --work-dir on another disk.'
         ) from error
 
 
