@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list, is_main_process, master_only
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
@@ -96,10 +96,14 @@ class ToolRunner(Runner):
             hook = {**hook, 'type': WHOLE_FILES[name_of(hook)]}
         super().register_hook(hook, priority)
 
-    @master_only
     def dump_config(self) -> None:
-        """Write `dumped_config`."""
-        write_text(self.dumped_config, self.cfg.dump())
+        """Nothing yet: a run that does not start replaces no config."""
+
+    def load_or_resume(self) -> None:
+        """As mmengine's, and then write `dumped_config`."""
+        super().load_or_resume()
+        if is_main_process():
+            write_text(self.dumped_config, self.cfg.dump())
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """As mmengine's, which leaves out that the gradients of several batches may accumulate."""

@@ -228,7 +228,7 @@ def resume_note(content: Mapping[str, Any], cfg: Config) -> str | None:
         for path, old, new in _differences(
             'train_cfg', stored.get('train_cfg', {}), own.get('train_cfg') or {}
         )
-        if path in ('train_cfg.max_epochs', 'train_cfg.max_iters')
+        if path in ('train_cfg.max_epochs', 'train_cfg.max_iters') and 'train_cfg' in stored
     ]
     notes = []
     if kept:
