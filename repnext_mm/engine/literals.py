@@ -51,7 +51,11 @@ def _value(node: ast.AST) -> Any:
             return [_value(element) for element in elements]
         case ast.Tuple(elts=elements):
             return tuple(_value(element) for element in elements)
-    return ast.literal_eval(node)
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+    raise ValueError(f'{ast.unparse(node)[:80]!r} is not a literal')
 
 
 def _keyword(keyword: ast.keyword) -> str:
