@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseModule
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints import CheckpointError, File, RunCheckpoint, read_checkpoint
+from ..checkpoints.matching import find_fit
 from ..checkpoints.reading import check_crc
+from ..network import Network
 from .errors import UserError
 from .run_folder import checkpoints_newest_first
 from .stored import (
@@ -146,27 +148,57 @@ def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: 
     unfit = [key for key, shape in own.items() if getattr(given.get(key), 'shape', None) != shape]
     matched = len(own) - len(unfit)
     if unfit and matched < least * len(own):
+        shape = getattr(given.get(unfit[0]), 'shape', None)
+        found = 'is missing' if shape is None else f'has shape {tuple(shape)} in it'
         raise UserError(
             f'{path} does not fit the config: {matched} of the {len(own)} entries of the model '
-            f'match, {unfit[0]} is the first that does not{_place(own, given)}; use the config '
-            'that the checkpoint was trained with, which is beside it in the work dir.'
+            f'match, {unfit[0]} {tuple(own[unfit[0]])} is the first that does not and {found}'
+            f'{_remedy(model, own, state, path)}'
         )
     require_finite(checkpoint, path)
     return f'Loading {matched} of the {len(own)} entries of the model from {path}.'
 
 
-def _place(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Where in the checkpoint the model's entries are, or the backbone's, if that is the fault."""
-    for part, names in (
-        ('model', own),
-        ('backbone', [key.removeprefix('backbone.') for key in own if key.startswith('backbone.')]),
-    ):
+def _remedy(model: nn.Module, own: Mapping[str, Any], state: Mapping[str, Any], path: str) -> str:
+    """Where in the checkpoint the model's entries are, or its backbone's, and how to use them."""
+    given = {key.removeprefix('module.'): value for key, value in _flat(state)}
+    backbone = [key.removeprefix('backbone.') for key in own if key.startswith('backbone.')]
+    for part, names in (('model', [*own]), ('backbone', backbone)):
         for prefix in dict.fromkeys(key.removesuffix(name) for name in names for key in given
                                     if key.endswith(name)):  # fmt: skip
-            if sum(prefix + name in given for name in names) > len(names) / 2:
+            if sum(prefix + name in given for name in names) <= len(names) / 2:
+                continue
+            if part == 'model' and prefix:
+                return f'; the model is in it under {prefix!r}: save it again without this prefix.'
+            if part == 'backbone' and prefix != 'backbone.':
                 where = f'under {prefix!r}' if prefix else 'alone'
-                return f' (the {part} is in it {where})'
-    return ''
+                return (
+                    f'; the backbone is in it {where}: load it there, --cfg-options '
+                    f"\"model.backbone.init_cfg=dict(type='Pretrained', checkpoint='{path}')\""
+                )
+    shapes = {
+        key.removeprefix('backbone.'): value.shape
+        for key, value in given.items()
+        if key.startswith('backbone.') and isinstance(value, Tensor)
+    }
+    network = next((module for module in model.modules() if isinstance(module, Network)), None)
+    fit = find_fit(shapes, like=network) if network else None
+    if fit is not None and fit.plan is not None:
+        return (
+            f'; its backbone is fused with plan {fit.plan!r}, for predictions alone: give the '
+            'checkpoint that it was made from, or use the config beside it.'
+        )
+    return (
+        '; use the config that the checkpoint was trained with, which is beside it in the work dir.'
+    )
+
+
+def _flat(state: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}', value
 
 
 class SkipSeenData(Hook):
