@@ -18,7 +18,7 @@ from .datasets import shapes
 from .engine.cli import train_main
 from .engine.config_file import find_config
 from .engine.errors import UserError, run_tool
-from .engine.run_folder import has_checkpoints, numbered
+from .engine.run_folder import next_folder
 from .program import program
 
 PICTURED = 8  # images of val, the first ones: nothing is picked
@@ -110,8 +110,8 @@ def _demo(args: argparse.Namespace) -> None:
     task = SEGMENTATION if args.seg else DETECTION
     suffix = '_quick' if args.quick else ''
     data_root = args.data_root or f'data/shapes{suffix}'
-    asked = Path(args.work_dir or f'work_dirs/demo{"_seg" * args.seg}{suffix}')
-    work_dir = next(folder for folder in numbered(asked) if not has_checkpoints({}, folder))
+    asked = args.work_dir or f'work_dirs/demo{"_seg" * args.seg}{suffix}'
+    work_dir = Path(next_folder(asked, {}))
     bar = args.bar if args.bar is not None else 0.0 if args.quick else task.bar
 
     shapes.ensure(data_root, QUICK_SPEC if args.quick else shapes.Spec(), track)

@@ -107,6 +107,20 @@ def test_the_same_figures_as_in_pytorch(task: str, models: dict[str, Trained]) -
 
 
 @pytest.mark.slow
+def test_a_run_with_averaged_weights(models: dict[str, Trained], tmp_path: Path) -> None:
+    """EMAHook copies the model, which a session of a runtime cannot be copied with."""
+    model = models['seg']
+    config = tmp_path / 'ema.py'
+    config.write_text(
+        f'_base_ = {str(model.config)!r}\n'
+        "custom_hooks = [dict(type='EMAHook', update_buffers=True, priority=49)]\n"
+    )
+    expected = model.evaluate(config=config).metric
+    shipped = model.evaluate('--backbone', model.checkpoint.parent / 'any.onnx', config=config)
+    assert abs(shipped.metric - expected) < 0.1 * ONE_POINT['seg']
+
+
+@pytest.mark.slow
 def test_other_weights_give_other_figures(models: dict[str, Trained], tmp_path: Path) -> None:
     """That the figures above are those of the file; and a file from elsewhere is pointed out."""
     model = models['det']

@@ -53,13 +53,14 @@ def test_a_checkpoint_of_the_model_fits(change: Callable[[State], State]) -> Non
 @pytest.mark.parametrize(
     'change, words',
     [
-        (lambda s: network(4).state_dict(), ['10 of the 12', 'head.weight is the first']),
-        (lambda s: without(s, 'neck.bias'), ['11 of the 12', 'neck.bias is the first']),
+        (lambda s: network(4).state_dict(), ['10 of the 12', 'head.weight (3, 8', '(4, 8']),
+        (lambda s: without(s, 'neck.bias'), ['11 of the 12', 'neck.bias (8,)', 'missing']),
         (lambda s: {f'model.{k}': v for k, v in s.items()}, ["the model is in it under 'model.'"]),
         (
             lambda s: {f'module._orig_mod.{k}': v for k, v in s.items()},
             ["the model is in it under '_orig_mod.'"],
         ),
+        (lambda s: {'model': s}, ["the model is in it under 'model.'"]),
         (
             lambda s: {k[9:]: v for k, v in s.items() if k.startswith('backbone.')},
             ['0 of the 12', 'the backbone is in it alone'],
@@ -73,7 +74,16 @@ def test_a_checkpoint_of_the_model_fits(change: Callable[[State], State]) -> Non
             ['NaN or infinity in neck.bias'],
         ),
     ],
-    ids=['classes', 'one entry', 'prefix', 'compiled', 'backbone alone', 'NaN', 'infinity'],
+    ids=[
+        'classes',
+        'one entry',
+        'prefix',
+        'compiled',
+        'nested',
+        'backbone alone',
+        'NaN',
+        'infinity',
+    ],
 )
 def test_every_entry_must_fit(change: Callable[[State], State], words: list[str]) -> None:
     state = change(network().state_dict())
@@ -124,7 +134,7 @@ def test_the_tools_refuse_what_would_be_loaded_in_part(model: Trained, tmp_path:
         lambda state: {k[9:]: v for k, v in state.items() if k.startswith('backbone.')},
     )
     for path, words in (
-        (heads, 'decode_head.conv_seg.weight is the first that does not'),
+        (heads, 'decode_head.conv_seg.weight'),
         (nan, 'NaN or infinity in decode_head.conv_seg.bias'),
         (alone, 'the backbone is in it alone'),
     ):
@@ -136,6 +146,9 @@ def test_the_tools_refuse_what_would_be_loaded_in_part(model: Trained, tmp_path:
     for path in (nan, alone):
         code, output = run(train_main, model, *steps, f'load_from={path}', cwd=tmp_path)
         assert (code, str(path) in output) == (1, True), output
+    fused, _ = save_whole_model(model.config, model.checkpoint, tmp_path / 'fused')
+    code, output = run(train_main, model, *steps, f'load_from={fused}', cwd=tmp_path)
+    assert (code, "fused with plan 'full'" in output) == (1, True), output
     code, output = run(train_main, model, *steps, f'load_from={heads}', cwd=tmp_path)
     assert code == 0, output
     assert f'entries of the model from {heads}.' in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
@@ -14,10 +15,12 @@ import pytest
 import tool_runs
 import torch
 from conftest import REPO
+from mmengine.config import Config
 from PIL import Image
 from tool_runs import CONFIGS, FOLDERS, options, run_here, succeed, succeed_here
 
 from repnext_mm.configs import look_up
+from repnext_mm.engine.cli import _Options
 from repnext_mm.engine.cli import evaluate_main as evaluate
 from repnext_mm.engine.cli import train_main as train
 
@@ -105,7 +108,7 @@ def test_train_then_the_command_it_names(
     assert (python, script) == ('python', 'tools/test.py')
     output = RUNS[task]('test.py', *arguments, '--show-dir', 'seen', cwd=tmp_path)
     results = re.match(
-        r'Wrote (\S+\.json) and pictures under seen; again: ', output.splitlines()[-1]
+        r'Wrote (\S+\.json) and pictures under seen\. Again: ', output.splitlines()[-1]
     )
     assert results, output.splitlines()[-1]
     assert metric in json.loads((tmp_path / results[1]).read_text())
@@ -121,6 +124,95 @@ def test_learning_rate_follows_the_batch_on_request(shapes: Path, tmp_path: Path
     assert 'learning rate is that for' not in scaled
     rates = [float(re.search(r'\blr: (\S+)', text)[1]) for text in (output, scaled)]
     assert rates[1] == pytest.approx(rates[0] * 4 / 16, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    'base, flag, rate, product',
+    [
+        (4, False, 1.0, None),
+        (4, True, 1.0, '1 x 1 x 4 = 4'),
+        (16, False, 1.0, '1 x 1 x 4 = 4'),
+        (16, True, 0.25, '1 x 1 x 4 = 4'),
+    ],
+)
+def test_accumulated_gradients_count_as_the_batch(
+    base: int, flag: bool, rate: float, product: str | None, shapes: Path, tmp_path: Path
+) -> None:
+    settings = options(
+        'seg', shapes, 'train_dataloader.batch_size=1', 'optim_wrapper.accumulative_counts=4',
+        f'auto_scale_lr.base_batch_size={base}', 'default_hooks.logger.interval=1',
+        'param_scheduler.0.start_factor=1.0',
+    )  # fmt: skip
+    arguments = [CONFIGS['seg'], '--iters', 4, *(['--auto-scale-lr'] * flag), *settings]
+    output = succeed_here(train, *arguments, cwd=tmp_path)
+    assert float(re.search(r'\blr: (\S+)', output)[1]) == pytest.approx(1.5e-3 * rate)
+    if product:
+        assert f'The batch is {product} images' in output
+    assert ('learning rate is that for' in output) is (not flag and product is not None)
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ("dict(type='X', a=1)", {'type': 'X', 'a': 1}),
+        ("{'a': [1, 2], 'b': None}", {'a': [1, 2], 'b': None}),
+        ("[dict(type='A'), dict(type='B', c=(1, 2))]",
+         [{'type': 'A'}, {'type': 'B', 'c': (1, 2)}]),
+        ('[1,(2,3)]', [1, (2, 3)]),
+        ('model-{}.pth', 'model-{}.pth'),
+        ('1e-3', 1e-3),
+    ],
+)  # fmt: skip
+def test_values_of_options(text: str, value: object) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=_Options)
+    assert parser.parse_args(['--cfg-options', f'a.b={text}']).cfg_options == {'a.b': value}
+
+
+@pytest.mark.parametrize(
+    'text', ['dict(type=X, a=1)', 'f(a,b)', "dict(a=__import__('os'))", '{1,2}', '[1,2', '{1: 2}']
+)
+def test_values_that_are_none(text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(['config.py', '--cfg-options', f'model.backbone={text}'])
+    assert stop.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_options_that_do_not_fit_the_config(fails: Callable) -> None:
+    for option in ('param_scheduler.9.end=1', "log_level={'a': 1}", 'train_cfg.max_epochs.x=1'):
+        assert option.partition('=')[0] in fails(train, CONFIGS['det'], '--cfg-options', option)
+
+
+def test_a_dict_replaces_or_changes_a_part(shapes: Path, tmp_path: Path) -> None:
+    change = "model.backbone=dict(drop_path_rate=0.25, norm_cfg={'type': 'BN', 'eps': 1e-4})"
+    settings = options('seg', shapes, change)
+    output = succeed_here(train, CONFIGS['seg'], '--iters', 1, *settings, cwd=tmp_path)
+    config = shlex.split(output.splitlines()[-1])[-2]
+    backbone = Config.fromfile(tmp_path / config).model.backbone
+    assert (backbone.arch, backbone.drop_path_rate, backbone.norm_cfg.eps) == ('m0', 0.25, 1e-4)
+
+
+def test_settings_of_workers_without_workers(shapes: Path, tmp_path: Path) -> None:
+    settings = options(
+        'seg', shapes, 'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=True',
+        'train_dataloader.prefetch_factor=2',
+    )  # fmt: skip
+    output = succeed_here(train, CONFIGS['seg'], '--iters', 1, *settings, cwd=tmp_path)
+    [line] = [line for line in output.splitlines() if line.startswith('Dropped')]
+    assert 'train_dataloader.persistent_workers' in line
+    assert 'train_dataloader.prefetch_factor' in line
+
+
+def test_length_of_a_run_on_the_command_line(
+    fails: Callable, shapes: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert '--epochs 3' in fails(train, CONFIGS['seg'], '--epochs', 3, *options('seg', shapes))
+    for arguments in (['--iters', '0'], ['--iters', 'x'], ['--iters', '1', '--epochs', '1']):
+        with pytest.raises(SystemExit) as stop:
+            train(['config.py', *arguments])
+        assert stop.value.code == 2
+    capsys.readouterr()
 
 
 def test_no_network_for_pretrained_weights(shapes: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,15 @@ class Probe(Hook):
             optimizer=digest(checkpoint['optimizer']),
             schedulers=[s['last_step'] for s in checkpoint['param_schedulers']],
         )
+
+
+@HOOKS.register_module()
+class Slow(Hook):
+    """Says when an image is evaluated, and waits."""
+
+    def after_test_iter(self, *_: Any, **__: Any) -> None:
+        print('one image', flush=True)
+        time.sleep(1)
 
 
 class _Fatal(io.FileIO):

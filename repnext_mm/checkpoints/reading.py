@@ -71,13 +71,17 @@ class File:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one file, where in it they were, and the SHA-256 of the file."""
+    """The tensors of one file, where in it they were, and the SHA-256 of the file.
+
+    `meta` is what a training run says of itself in its checkpoint.
+    """
 
     label: str
     kind: Kind
     container: str
     tensors: dict[str, Tensor]
     sha256: str
+    meta: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         under = f' under {self.container!r}' if self.container else ''
@@ -97,8 +101,11 @@ def read_weights(file: File | Path, label: str | None = None) -> Weights:
     file = file if isinstance(file, File) else File.read(file, label)
     kind = file_kind(file)
     if kind == 'torch checkpoint':
-        container, tensors = _find_tensors(read_checkpoint(file, _EXTRA_GLOBALS), file.label)
-        return Weights(file.label, kind, container, tensors, file.sha256)
+        content = read_checkpoint(file, _EXTRA_GLOBALS)
+        container, tensors = _find_tensors(content, file.label)
+        meta = content.get('meta') if isinstance(content, dict) else None
+        meta = meta if isinstance(meta, dict) else {}
+        return Weights(file.label, kind, container, tensors, file.sha256, meta)
     reader = read_torchscript if kind == 'TorchScript archive' else _read_safetensors
     with _damage_named(file.label), bounded_memory(len(file.data)):
         tensors = reader(file.open())

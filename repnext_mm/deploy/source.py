@@ -36,6 +36,7 @@ class Source:
         checkpoint_sha256: Of that file.
         config: The config it is from.
         preprocessor: The config's `data_preprocessor`.
+        classes: The names of the config's classes.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Source:
     checkpoint_sha256: str | None = None
     config: str | None = None
     preprocessor: dict[str, Any] | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def arch(self) -> str | dict[str, Any]:
@@ -119,6 +121,7 @@ def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
     from mmengine.registry import MODELS
 
     from ..engine.config_file import load_config
+    from ..engine.stored import config_classes
 
     cfg = load_config(path, {}, None, 'none')
     settings = dict(cfg.model.get('backbone') or {})
@@ -138,6 +141,7 @@ def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
         'random',
         config=path,
         preprocessor=dict(preprocessor) if preprocessor else None,
+        classes=config_classes(cfg),
     )
 
 
@@ -156,6 +160,9 @@ def _from_weights(weights: Weights, out_indices: tuple[int, ...] | None) -> Sour
 
 def _load(source: Source, weights: Weights, allow_partial: bool) -> None:
     """Load into the network; a fused file makes it the fused network of that plan."""
+    from ..engine.stored import require_classes
+
+    require_classes({'meta': weights.meta}, source.classes, weights.label)
     model = source.model
     fit = find_fit({key: tensor.shape for key, tensor in weights.tensors.items()}, like=model)
     if fit is not None and fit.plan is not None and fit.family is type(model):

@@ -20,6 +20,7 @@ from ..engine.cli import import_framework
 from ..engine.config_file import load_config
 from ..engine.errors import UserError
 from ..engine.resume import require_fit
+from ..engine.stored import config_classes, require_classes
 from ..measure.artifacts import SCHEDULE
 from ..measure.rounds import CallRunner, Schedule, compare
 from ..measure.tables import record
@@ -179,6 +180,7 @@ def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, RunCheckpoint]:
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = revert_sync_batchnorm(MODELS.build(settings))
     require_fit(model, trained.content, checkpoint)
+    require_classes(trained.content, config_classes(cfg), checkpoint)
     state = trained.content.get('state_dict', trained.content)
     model.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()}, strict=False)
     return model.eval(), trained

@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..files import BACKEND, TEMPORARY_SUFFIX
+from .finite import require_finite_run
 
 
 @HOOKS.register_module(force=True)  # replaces its stand-in of `lazy`
@@ -19,6 +20,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     It writes through `AtomicLocalBackend`, removes an outdated checkpoint only after its successor
     is complete, and at the start of training removes what a killed run left half-written.
+    Weights that are NaN or infinite are not saved: training stops, and what was saved before stays.
     """
 
     def __init__(self, *args: Any, backend_args: dict | None = None, **kwargs: Any) -> None:
@@ -34,7 +36,13 @@ class AtomicCheckpointHook(CheckpointHook):
         for path in Path(self.out_dir).glob(f'*.pth.*{TEMPORARY_SUFFIX}'):
             path.unlink(missing_ok=True)
 
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.save_best:
+            require_finite_run(runner, runner.iter)
+        super()._save_best_checkpoint(runner, metrics)
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        require_finite_run(runner, meta['iter'])
         # mmengine removes first and saves then: a kill in between leaves one less, or none at all.
         outdated = None
         if self.max_keep_ckpts > 0:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import json
+import logging
+import math
 import os
-import re
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook
-from mmengine.logging import MMLogger
-from mmengine.registry import RUNNERS
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
@@ -30,21 +25,20 @@ from ..operators import explain as explain_operators
 from ..program import command, program
 from ..text import printable
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
-from .config_file import load_config
+from .config_file import fit_workers, load_config
 from .device import choose_device
 from .errors import UserError, run_tool, sigterm_raises
 from .exported_backbone import introduce, padding, put_in_place
-from .finite import StopAtNonFinite
+from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
+from .literals import literal
 from .preflight import Sources, check_config, check_sources, preflight, require
-from .preflight.built import classes_of
-from .quiet import announce, quiet_log
-from .rescue import keep_results, no_ground_truth
+from .quiet import announce
+from .rescue import explain_full_disk, keep_results
 from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
-from .run_folder import claimed
-from .schedule import accumulated, batch_hint, schedule_notes, set_length
+from .run_folder import claim_folder, join_processes, make_folder, release_folders
+from .runner import accumulated, build_runner, dumped_config
+from .schedule import rescale, schedule_warnings
 
-#: A value of --cfg-options that only a literal can be.
-HAS_DICT = re.compile(r'\{|\bdict\(')
 #: When this process started, for the name of its report.
 STARTED = time.strftime('%Y%m%d_%H%M%S')
 
@@ -67,25 +61,20 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         help=f'mixed precision, unless given in the optim_wrapper.dtype of the config or else in '
         f'{AMP_DTYPES[0]}',
     )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        '--epochs',
-        type=int,
-        metavar='N',
-        help='train for N epochs; milestones, warm-up and intervals follow',
-    )
-    length.add_argument(
-        '--iters',
-        type=int,
-        metavar='N',
-        help='train for N iterations, where the config counts in iterations; milestones, warm-up '
-        'and intervals follow',
-    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate by the real batch size / the batch size of the recipe',
     )
+    length = parser.add_mutually_exclusive_group()
+    for option, metavar, unit in (('--epochs', 'N', 'epochs'), ('--iters', 'N', 'iterations')):
+        length.add_argument(
+            option,
+            type=_positive,
+            metavar=metavar,
+            help=f'train for N {unit} (None: as the config says); warm-up, milestones and ends of '
+            'the schedule move along',
+        )
     return _run(_train, parser, argv)
 
 
@@ -122,53 +111,46 @@ def _run(
     args = parser.parse_args(argv)
     local_rank = os.environ.get('SLURM_LOCALID', args.local_rank)
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    logging.raiseExceptions = False  # a full disk is said once, not for each line of the log
     try:
         with sigterm_raises():
             return run_tool(lambda: main(args))
     finally:
+        release_folders()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 class _Options(DictAction):
-    """mmengine's KEY=VALUE action; a malformed one is a usage error, not a traceback."""
+    """mmengine's KEY=VALUE action, also for dicts; a malformed pair is a usage error."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         options = dict(getattr(namespace, self.dest, None) or {})
-        for pair in values:
-            key, equals, text = pair.partition('=')
+        for text in values:
             try:
-                if not equals or not key:
-                    raise ValueError
-                # mmengine's reader knows no dicts, and takes one apart at its commas.
-                options[key] = (
-                    _literal(text) if HAS_DICT.search(text) else self._parse_iterable(text)
-                )
-            except (ValueError, AssertionError, SyntaxError, RecursionError):
+                key, value = text.split('=', maxsplit=1)
+                options[key] = self._parse(value)
+            except (ValueError, AssertionError, RecursionError):
                 parser.error(
-                    f'{option_string} requires KEY=VALUE pairs, not {pair!r}; a dict is written '
-                    "as \"{'type': 'FPN', 'num_outs': 4}\""
+                    f'{option_string} requires KEY=VALUE pairs, not {text!r}; a value is a number, '
+                    'a text, None, a list [1,2], or a dict: "a.b=dict(type=\'X\', c=1)"'
                 )
         setattr(namespace, self.dest, options)
 
-
-class _Dicts(ast.NodeTransformer):
-    """dict(a=1) as {'a': 1}, which is a literal."""
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        if not isinstance(node.func, ast.Name) or node.func.id != 'dict' or node.args:
-            raise ValueError('only dict(key=value) is a value')
-        keys: list[ast.expr | None] = [ast.Constant(k.arg) for k in node.keywords]
-        return ast.Dict(keys=keys, values=[k.value for k in node.keywords])
+    def _parse(self, value: str) -> Any:
+        bare = value.strip()
+        if bare.startswith(('{', 'dict(')) or (
+            bare.startswith(('[', '(')) and any(word in bare for word in ('{', 'dict('))
+        ):
+            return literal(bare)
+        return self._parse_iterable(value)
 
 
-def _literal(text: str) -> Any:
-    """A Python literal, with dict(...), or one of JSON."""
-    try:
-        return ast.literal_eval(_Dicts().visit(ast.parse(text.strip(), mode='eval')))
-    except (ValueError, SyntaxError):
-        return json.loads(text)
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, not {text}')
+    return value
 
 
 def _parser(tool: str, description: str) -> argparse.ArgumentParser:
@@ -221,7 +203,8 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
-    set_length(cfg, args.epochs, args.iters)
+    if line := rescale(cfg, args.epochs, args.iters):
+        _say(line)
     if args.amp:
         enable_amp(cfg, None if args.amp is True else args.amp)
     if args.auto_scale_lr:
@@ -231,15 +214,23 @@ def _train(args: argparse.Namespace) -> None:
                 'give; add --cfg-options auto_scale_lr.base_batch_size=N'
             )
         cfg.auto_scale_lr.enable = True
-    resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or LATEST))
-    with nullcontext() if args.check_only else claimed(cfg, bool(resume)) as line:
-        if line:
-            _say(line)
-        _train_in_folder(cfg, args, resume)
-
-
-def _train_in_folder(cfg: Config, args: argparse.Namespace, resume: str | None) -> None:
+    resume: str | None = args.resume
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or LATEST
     sources = _prepare(cfg, args, ('train', 'val'))
+    with explain_full_disk(cfg.work_dir):
+        join_processes(cfg)
+        if args.check_only:
+            make_folder(cfg.work_dir)
+        elif line := claim_folder(cfg, None if resume == LATEST else resume, stay=resume == LATEST):
+            _say(line)
+        sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
+        _train_in_folder(cfg, args, resume, sources)
+
+
+def _train_in_folder(
+    cfg: Config, args: argparse.Namespace, resume: str | None, sources: Sources
+) -> None:
     checkpoint: RunCheckpoint | None = None
     if resume:
         checkpoint, line = checkpoint_to_resume(cfg, resume)
@@ -249,23 +240,26 @@ def _train_in_folder(cfg: Config, args: argparse.Namespace, resume: str | None) 
         checkpoint = read_run(cfg.load_from)
     cfg.load_from = checkpoint and checkpoint.path
 
-    runner = _build_runner(cfg, sources, config_beside_log=args.check_only)
-    _preflight(runner, args, ('train', 'val'), sources)
-    if hint := batch_hint(cfg, runner.world_size):
-        _say(hint)
-    for note in schedule_notes(runner):
-        _say(f'warning: {note}')
-    if args.check_only:
-        return
+    runner = build_runner(cfg, sources, evaluation=args.check_only)
     if cfg.get('resume'):
-        runner.register_hook(RequireFit(classes=_classes(runner.train_loop)))
+        runner.register_hook(RequireFit('train', resume=True))
         runner.register_hook(SkipSeenData())
         drop_pretrained(runner.model)
     elif checkpoint is not None:
-        runner.register_hook(RequireFit(least=HALF, classes=_classes(runner.train_loop)))
+        runner.register_hook(RequireFit('train', least=HALF))
+    runner.register_hook(StopAtNonFiniteLoss())
+    runner.register_hook(SayWhatWasNotMeasured())
     if uses_amp(cfg):
         keep_float32_where_needed(runner.model)
-    runner.register_hook(StopAtNonFinite(), priority='HIGH')
+
+    # Nothing is loaded yet and nothing has started.
+    _preflight(runner, args, ('train', 'val'), sources)
+    _hint_batch_size(cfg, runner.world_size)
+    for warning in schedule_warnings(cfg, _epoch_length(runner)):
+        _say(f'warning: {warning}')
+    if args.check_only:
+        return
+
     try:
         with passed_on(checkpoint):
             runner.train()
@@ -276,7 +270,7 @@ def _train_in_folder(cfg: Config, args: argparse.Namespace, resume: str | None) 
         ) from error
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
-    dumped = _shown(Path(runner.work_dir, config_name(runner)))
+    dumped = _shown(dumped_config(runner))
     if saved:
         _say(
             f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; '
@@ -308,39 +302,58 @@ def _test(args: argparse.Namespace) -> None:
     elif args.precision:
         raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
     sources = _prepare(cfg, args, ('test',))
+    if args.backbone:
+        _drop_averaging(cfg)
+    with explain_full_disk(cfg.work_dir):
+        make_folder(cfg.work_dir)
+        sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
+        _test_in_folder(cfg, args, checkpoint, sources)
 
-    runner = _build_runner(cfg, sources, config_beside_log=True)
-    _preflight(runner, args, ('test',), sources)
-    if args.check_only:
-        return
+
+def _test_in_folder(
+    cfg: Config, args: argparse.Namespace, checkpoint: RunCheckpoint, sources: Sources
+) -> None:
+    runner = build_runner(cfg, sources, evaluation=True)
     if args.backbone:
         for line in introduce(getattr(runner.model, 'module', runner.model), checkpoint):
             _say(line)
-    runner.register_hook(RequireFit(classes=_classes(runner.test_loop)))
+    runner.register_hook(RequireFit('test'))
+    runner.register_hook(SayWhatWasNotMeasured(stop=True))
+
+    # Nothing is loaded yet and nothing has started.
+    _preflight(runner, args, ('test',), sources)
+    if args.check_only:
+        return
     with keep_results(runner), passed_on(checkpoint):
-        metrics = runner.test()
-    if sentence := no_ground_truth(metrics):
-        raise UserError(sentence)
-    if not metrics:
-        _say('warning: nothing was found in any image, so there are no metrics; AP is 0.')
+        runner.test()
     if args.backbone and (note := padding(getattr(runner.model, 'module', runner.model))):
         _say(note)
 
-    results = Path(runner.log_dir, f'{runner.timestamp}.json')
-    # The config is dumped with all overrides, that of the exported backbone too.
-    again = [_shown(Path(runner.log_dir, config_name(runner))), _shown(args.checkpoint)]
-    again = [command('test'), *again]
-    _say(
-        f'Wrote {_shown(results)} and pictures under {_shown(args.show_dir)}; '
-        f'again: {" ".join(again)}'
-        if args.show_dir
-        else f'Wrote {_shown(results)}; next: {" ".join([*again, "--show-dir", "pictures"])}'
-    )
+    arguments = [_shown(dumped_config(runner)), _shown(args.checkpoint)]
+    results = _shown(Path(runner.log_dir, f'{runner.timestamp}.json'))
+    if args.show_dir:
+        wrote, following = f'{results} and pictures under {_shown(args.show_dir)}.', 'Again'
+    else:
+        wrote, following = f'{results};', 'next'
+        arguments += ['--show-dir', 'pictures']
+    if args.backbone:
+        arguments += ['--backbone', *map(shlex.quote, args.backbone)]
+        arguments += ['--precision', args.precision] if args.precision else []
+    _say(f'Wrote {wrote} {following}: {command("test")} {" ".join(arguments)}')
 
 
-def _classes(loop: Any) -> tuple[str, ...] | None:
-    """The class names of the data set of a built loop."""
-    return classes_of(loop.dataloader.dataset)
+def _drop_averaging(cfg: Config) -> None:
+    """Leave out hooks that copy the model, which an exported backbone cannot be copied with.
+
+    A checkpoint has the averaged weights under the names of the model, where a test finds them.
+    """
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_averaging(hook)]
+
+
+def _is_averaging(hook: Any) -> bool:
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    kind = HOOKS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, EMAHook)
 
 
 def _say(line: str) -> None:
@@ -360,16 +373,16 @@ def _prepare(cfg: Config, args: argparse.Namespace, splits: Sequence[str]) -> So
     import_framework(cfg.get('default_scope'))
     if sample := cfg.get('sample_data_root'):
         _ensure_sample_data(sample)
-    if int(os.environ['LOCAL_RANK']) == 0 and not args.no_check:
+    first = int(os.environ['LOCAL_RANK']) == 0
+    if first and not args.no_check:
         announce('Checking the data ...')
         require(check_config(cfg), _report(cfg, args))
     sources = Sources() if args.no_check else check_sources(cfg, splits)
-    if int(os.environ['LOCAL_RANK']) == 0:
+    if first:
         require(sources.findings, _report(cfg, args))
-        _make_work_dir(Path(cfg.work_dir))
-    sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
-    if line := choose_device(cfg, args.device, args.launcher):
-        _say(line)
+    for line in (fit_workers(cfg), choose_device(cfg, args.device, args.launcher)):
+        if line:
+            _say(line)
     return sources
 
 
@@ -377,24 +390,12 @@ def _preflight(
     runner: Runner, args: argparse.Namespace, splits: Sequence[str], sources: Sources
 ) -> None:
     """Look at what was built, in the first process; the others wait for it at their first step."""
-    if args.no_check or int(os.environ['LOCAL_RANK']) != 0:
-        return
-    preflight(runner, splits, sources, report=_report(runner.cfg, args))
+    if not args.no_check and int(os.environ['LOCAL_RANK']) == 0:
+        preflight(runner, splits, sources, report=_report(runner.cfg, args))
 
 
 def _report(cfg: Config, args: argparse.Namespace) -> Path | None:
     return Path(cfg.work_dir, f'preflight_{STARTED}.json') if args.check_only else None
-
-
-def _make_work_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'--work-dir {path} cannot be written ({error.strerror}); give another folder.'
-        ) from error
 
 
 def import_framework(scope: str | None) -> None:
@@ -423,56 +424,29 @@ def _ensure_sample_data(root: str) -> None:
         time.sleep(0.1)  # until the process of rank 0 has written it
 
 
-class QuietRunner(Runner):
-    """mmengine's runner; what nobody can act on is in its log file and not on the screen."""
-
-    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
-        """As mmengine's, before the environment and the config are logged."""
-        logger = super().build_logger(*args, **kwargs)
-        quiet_log(logger)
-        return logger
-
-    sources = Sources()
-    #: Whether the config is dumped into the log folder, and not beside the checkpoints of a run.
-    config_beside_log = False
-
-    def dump_config(self) -> None:
-        """As mmengine's; a test or a check leaves the config of the training run as it is."""
-        if not self.config_beside_log:
-            super().dump_config()
-        elif is_main_process():
-            self.cfg.dump(str(Path(self.log_dir, config_name(self))))
-
-    def build_dataloader(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """As mmengine's, with completed annotation files in place of those of the config."""
-        return super().build_dataloader(self.sources.apply(dataloader), *args, **kwargs)
-
-    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict[str, Any] | None = None) -> None:
-        """As mmengine's, with the batches counted whose gradients are accumulated."""
-        if auto_scale_lr and auto_scale_lr.get('enable') and (count := accumulated(self.cfg)) > 1:
-            base = auto_scale_lr['base_batch_size'] / count
-            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base}
-        super().scale_lr(optim_wrapper, auto_scale_lr)
-
-    def build_evaluator(self, evaluator: Any) -> Any:
-        """As mmengine's, with completed annotation files in place of those of the config."""
-        return super().build_evaluator(self.sources.apply(evaluator))
+def _hint_batch_size(cfg: Config, world_size: int) -> None:
+    scale = cfg.get('auto_scale_lr') or {}
+    batch = cfg.train_dataloader.get('batch_size')
+    base = scale.get('base_batch_size')
+    if not batch or not base:
+        return
+    factors = [batch, world_size]
+    if (steps := accumulated(cfg)) > 1:
+        factors.append(steps)
+    whole = math.prod(factors)
+    product = f'{" x ".join(map(str, factors))} = {whole} images'
+    if scale.get('enable'):
+        _say(f'The batch is {product} and the recipe has {base}: learning rate x {whole / base:g}.')
+    elif whole != base:
+        _say(
+            f'The batch is {product} and the learning rate is that for {base}; '
+            '--auto-scale-lr fits it.'
+        )
 
 
-class OneTimeRunner(QuietRunner):
-    """A runner that leaves no config in the work dir."""
-
-    config_beside_log = True
-
-
-def config_name(runner: Runner) -> str:
-    """The name under which a runner dumps its config."""
-    return Path(runner.cfg.filename or f'{runner.timestamp}.py').name
-
-
-def _build_runner(cfg: Config, sources: Sources, config_beside_log: bool = False) -> Runner:
-    if 'runner_type' in cfg:
-        return RUNNERS.build(sources.apply(cfg))
-    runner = (OneTimeRunner if config_beside_log else QuietRunner).from_cfg(cfg)
-    runner.sources = sources
-    return runner
+def _epoch_length(runner: Runner) -> int | None:
+    """Iterations of an epoch in each process, if the data set has an end."""
+    try:
+        return len(runner.train_dataloader)
+    except TypeError:
+        return None

@@ -12,6 +12,8 @@ from ..text import closest
 from .errors import UserError
 
 SPLITS = ('train', 'val', 'test')
+#: Settings of a loader that say something about its workers.
+WITH_WORKERS = ('persistent_workers', 'prefetch_factor', 'timeout', 'multiprocessing_context')
 
 
 def load_config(name: str, options: dict[str, Any], work_dir: str | None, launcher: str) -> Config:
@@ -31,18 +33,19 @@ def load_config(name: str, options: dict[str, Any], work_dir: str | None, launch
     except (SyntaxError, KeyError, OSError, TypeError) as error:
         raise UserError(f'{path} is not a valid config: {error}') from error
     root = cfg.get('data_root')
-    cfg.merge_from_dict(options)
+    try:
+        cfg.merge_from_dict(options)
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        given = ' '.join(f'{key}={value!r}' for key, value in options.items())
+        raise UserError(
+            f'--cfg-options {given} does not fit {path}: {" ".join(str(error).split())[:300]}'
+        ) from error
     if root and cfg.data_root != root:
         for key in (f'{split}_{part}' for split in SPLITS for part in ('dataloader', 'evaluator')):
             if cfg.get(key) is not None:
                 cfg[key] = _moved(cfg[key], root, str(cfg.data_root))
     if cfg.get('model') is None:
         raise UserError(f'{path} has no model; give one that `repnext-mm models` lists.')
-    for split in SPLITS:
-        loader = cfg.get(f'{split}_dataloader')
-        if loader and not loader.get('num_workers'):  # torch allows neither without workers
-            loader.pop('persistent_workers', None)
-            loader.pop('prefetch_factor', None)
     neck = cfg.model.get('neck')
     if isinstance(neck, dict) and isinstance(neck.get('in_channels'), tuple):
         neck['in_channels'] = list(
@@ -51,6 +54,18 @@ def load_config(name: str, options: dict[str, Any], work_dir: str | None, launch
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg
+
+
+def fit_workers(cfg: Config) -> str | None:
+    """Drop, in place, what torch takes from a loader only if it has workers; returns a line."""
+    dropped = []
+    for key in (f'{split}_dataloader' for split in SPLITS):
+        loader = cfg.get(key) or {}
+        if loader.get('num_workers', 0) == 0:
+            for setting in WITH_WORKERS:
+                if loader.pop(setting, None):
+                    dropped.append(f'{key}.{setting}')
+    return f'Dropped {", ".join(dropped)}: num_workers is 0.' if dropped else None
 
 
 def find_config(name: str) -> Path:

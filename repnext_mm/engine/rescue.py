@@ -1,39 +1,51 @@
-"""What an evaluation has found is kept when it stops in the middle."""
+"""A run that is stopped or has no space left: what it has found is kept, and a line says why."""
 
 from __future__ import annotations
 
 import errno
 import json
-import math
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mmengine.dist import get_world_size
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.runner.loops import BaseLoop
 
 from ..files import write_text
 from .errors import UserError
 
-#: What the system answers when nothing more can be written: the disk, the quota, the limit.
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: No space, no quota, or a file larger than the system allows.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class KeepMetrics(Hook):
-    """Keeps the metrics of a test until they are in a file."""
+@contextmanager
+def explain_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """In this context, an error for want of space is one for the user.
 
-    priority = 'HIGHEST'
+    Args:
+        folder: What the run writes to, for an error that does not name its file.
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, Any] = {}
-
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
-        """Keep `metrics`."""
-        self.metrics = dict(metrics or {})
+    Raises:
+        UserError: There is no space left; the message has the file and what is free.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        path = Path(os.fsdecode(error.filename)) if error.filename else None
+        free = shutil.disk_usage(path.parent if path and path.parent.is_dir() else folder).free
+        place = f'a file of the run in {os.fspath(folder)}'
+        raise UserError(
+            f'{path or place} cannot be written: {error.strerror}, {free / 2**20:.1f} MiB are free '
+            'there; free some space, or give a --work-dir on another disk.'
+        ) from error
 
 
 @contextmanager
@@ -41,30 +53,29 @@ def keep_results(runner: Runner) -> Iterator[None]:
     """Where a test ends in an error or is interrupted, write the metrics of its finished images.
 
     They go to `<log dir>/<timestamp>_unfinished.json`, and a line on stderr says so. In several
-    processes, of which the others still run, nothing can be put together. Where no file can be
-    written, the metrics are printed.
-
-    Raises:
-        UserError: All images are finished, and there is no space for the file of the metrics.
+    processes, of which the others still run, nothing can be put together.
     """
-    kept = KeepMetrics()
-    runner.register_hook(kept, priority='HIGHEST')
     try:
         yield
-    except BaseException as failure:
-        path = Path(runner.log_dir, f'{runner.timestamp}.json')
-        if kept.metrics and isinstance(failure, OSError) and failure.errno in NO_SPACE:
-            text = json.dumps(kept.metrics, default=float)
-            if path.is_file() and path.stat().st_size < len(text):
-                path.unlink()  # what mmengine has begun to write
-            raise UserError(
-                f'the metrics do not fit on the disk of {path} ({failure.strerror}; {len(text)} '
-                f'bytes are needed): {text}'
-            ) from failure
+    except BaseException:
         loop = runner._test_loop
         if isinstance(loop, BaseLoop) and get_world_size() == 1:
-            _save(runner, loop)
+            with _sigterm_ignored():
+                _save(runner, loop)
         raise
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Launchers pass on the signal that their processes have got already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _save(runner: Runner, loop: BaseLoop) -> None:
@@ -77,25 +88,12 @@ def _save(runner: Runner, loop: BaseLoop) -> None:
             metric.img_ids = [result['img_id'] for _, result in metric.results]
     total = len(loop.dataloader.dataset)
     found = loop.evaluator.evaluate(finished)
-    text = json.dumps({'finished_images': finished, 'images': total, **found}, default=float)
+    content = {'finished_images': finished, 'images': total, **found}
+    text = json.dumps(content, default=float)
     path = Path(runner.log_dir, f'{runner.timestamp}_unfinished.json')
     try:
         write_text(path, text)
-        where = f'are in {path}'
+        where = f'in {path}'
     except OSError as error:
-        where = f'do not fit on the disk of {path} ({error.strerror}): {text}'
-    print(f'Stopped after {finished} of {total} images; their metrics {where}.', file=sys.stderr)
-
-
-def no_ground_truth(metrics: Mapping[str, Any]) -> str | None:
-    """A sentence if no metric could be measured, as without any annotated object or pixel."""
-    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-    wanted = {k: v for k, v in numbers.items() if k.rsplit('/', 1)[-1].endswith(('mAP', 'mIoU'))}
-    unmeasured = {k: v for k, v in wanted.items() if v < 0 or math.isnan(v)}
-    if unmeasured:
-        shown = ', '.join(f'{k}={v:g}' for k, v in unmeasured.items())
-        return (
-            f'{shown} means that there is no ground truth of the classes in the test data, and not '
-            'a result; check ann_file and metainfo, with --check-only.'
-        )
-    return None
+        where = f'not in {path} ({error.strerror}): {text}'
+    print(f'Stopped after {finished} of {total} images; their metrics are {where}', file=sys.stderr)
