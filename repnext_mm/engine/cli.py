@@ -108,7 +108,8 @@ def _run(
         with raise_on_sigterm():
             return run_tool(lambda: main(args))
     except Terminated as end:
-        print('terminated', file=sys.stderr)
+        if _is_first():
+            print('terminated', file=sys.stderr)
         return int(end.code or 0)
     finally:
         release_folders()
@@ -330,9 +331,14 @@ def _is_averaging(hook: Any) -> bool:
 
 
 def _say(line: str) -> None:
-    """Print from the first process only, which launchers name before the process group exists."""
-    if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
+    """Print from the first process only."""
+    if _is_first():
         print(line, flush=True)
+
+
+def _is_first() -> bool:
+    """Whether this is the first process, as launchers say before the process group exists."""
+    return int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0
 
 
 def _shown(path: str | Path) -> str:
