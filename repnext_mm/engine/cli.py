@@ -252,11 +252,14 @@ def _train_in_folder(cfg: Config, resume: str | None) -> None:
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
     dumped = _shown(dumped_config(runner))
+    test = f'next: {command("test")} {dumped}'
     if saved:
         _say(
-            f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; '
-            f'next: {command("test")} {dumped} {_shown(saved)}'
+            f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; {test} {_shown(saved)}'
         )
+    elif cfg.get('resume'):
+        kept = _shown(cfg.load_from)
+        _say(f'Nothing is left to train: {kept} is at the end of the run; {test} {kept}')
     else:
         _say(
             f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint; '
