@@ -177,8 +177,10 @@ def test_a_test_without_ground_truth_fails(tmp_path: Path, capsys: pytest.Captur
 
     evaluate(mAP=0.5, mAP_s=-1.0)
     for result in ({'mAP': -1.0, 'mAP_s': -1.0}, {'mIoU': float('nan')}):
+        before = [*tmp_path.rglob('*.json')]
         with pytest.raises(UserError, match=r'=-1|=nan'):
             evaluate(**result)
+        assert [*tmp_path.rglob('*.json')] == before
     capsys.readouterr()
     evaluate()
     assert 'warning: The model predicted nothing' in capsys.readouterr().out

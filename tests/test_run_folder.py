@@ -134,6 +134,19 @@ def test_nothing_of_a_run_changes(data: Path, tmp_path: Path) -> None:
     assert Path(tmp_path, command[2]).is_file() and Path(tmp_path, command[3]).is_file()
 
 
+@pytest.mark.compat
+@pytest.mark.slow
+def test_a_run_that_is_complete(data: Path, tmp_path: Path) -> None:
+    command = [tool_runs.CONFIGS['seg'], '--iters', 2, *tool_runs.options('seg', data)]
+    first = tool_runs.succeed_here(train_main, *command, cwd=tmp_path)
+    before = contents(tmp_path)
+    again = tool_runs.succeed_here(train_main, *command[:3], '--resume', *command[3:], cwd=tmp_path)
+    assert 'Nothing is left to train' in again.splitlines()[-1]
+    assert again.split('next: ')[-1] == first.split('next: ')[-1]
+    after = contents(tmp_path)
+    assert all(after[name] == before[name] for name in before if name.endswith('.pth'))
+
+
 # --- a full disk
 
 

@@ -271,11 +271,14 @@ def _train_in_folder(
 
     saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
     dumped = _shown(dumped_config(runner))
+    test = f'next: {command("test")} {dumped}'
     if saved:
         _say(
-            f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; '
-            f'next: {command("test")} {dumped} {_shown(saved)}'
+            f'Wrote {_shown(saved)} and the log in {_shown(runner.log_dir)}; {test} {_shown(saved)}'
         )
+    elif cfg.get('resume'):
+        kept = _shown(cfg.load_from)
+        _say(f'Nothing is left to train: {kept} is at the end of the run; {test} {kept}')
     else:
         _say(
             f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint; '
@@ -357,9 +360,14 @@ def _is_averaging(hook: Any) -> bool:
 
 
 def _say(line: str) -> None:
-    """Print from the first process only, which launchers name before the process group exists."""
-    if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
+    """Print from the first process only."""
+    if _is_first():
         print(printable(line), flush=True)
+
+
+def _is_first() -> bool:
+    """Whether this is the first process, as launchers say before the process group exists."""
+    return int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0
 
 
 def _shown(path: str | Path) -> str:

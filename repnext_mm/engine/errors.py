@@ -108,7 +108,8 @@ def run_tool(main: Callable[[], None]) -> int:
         with quiet():
             main()
     except Terminated:
-        print('terminated', file=sys.stderr)
+        if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
+            print('terminated', file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

@@ -168,7 +168,7 @@ class SayWhatWasNotMeasured(Hook):
         stop: Raise it instead of printing it, for a test, whose result is the metric.
     """
 
-    priority = 'VERY_LOW'  # after the metrics are in the log
+    priority = 'VERY_HIGH'  # before a file of metrics is written that are none
 
     def __init__(self, stop: bool = False) -> None:
         self.stop = stop
