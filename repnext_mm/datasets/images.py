@@ -27,6 +27,7 @@ FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'DIB', 'GIF', 'PPM', 'JPEG2000', 'AVIF'
 WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 256, 257, 258, 262, 274, 277
 #: Values of 16 bits that stay below a quarter of the highest come from a sensor of fewer bits.
 HIGHEST, LEAST_USED = 65535, 1 << 14
+MOST_DECODED = 8
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,26 @@ def read_image(path: str | Path, loader: Mapping[str, Any] | None = None) -> np.
     return loaded['img']
 
 
+def image_loader(pipeline: Iterable[Any]) -> dict[str, Any] | None:
+    """The config of the transform of a pipeline that loads images; None without one."""
+    for step in pipeline:
+        kind = step.get('type')
+        if 'LoadImage' in (kind if isinstance(kind, str) else getattr(kind, '__name__', '')):
+            return dict(step)
+    return None
+
+
 def unused_depth(paths: Iterable[str | Path]) -> str | None:
     """A warning where images of 16 bits use few of them: mm keeps the upper 8, so they are dark.
 
     Args:
-        paths: Image files; those of 16 bits are decoded.
+        paths: Image files; the first few of those with 16 bits are decoded.
 
     Raises:
         ValueError: As `read_image`.
     """
     deep = [path for path in map(Path, paths) if (h := _header(path)) and h.bits == 16]
+    deep = deep[:MOST_DECODED]
     stored = (read_image(path, {'color_type': 'unchanged'}) for path in deep)
     highest = max((int(image.max()) for image in stored), default=HIGHEST)
     if highest >= LEAST_USED:

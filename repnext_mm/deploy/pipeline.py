@@ -20,14 +20,20 @@ from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
 from ..network import FusionReport, Plan
-from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from ..reparam import prove, reparameterize
 from ..reparam.fusion import INEXACT
 from ..reparam.verify import noise
 from ..runtimes import ArtifactError, open_artifact
 from ..version import __version__
 from .bench import choose_plan
-from .calibration import ENOUGH_IMAGES, RAW, calibration_images
+from .calibration import (
+    ENOUGH_IMAGES,
+    IMAGENET,
+    RAW,
+    calibration_images,
+    cover,
+    load_picture,
+)
 from .errors import (
     DependencyError,
     ExportError,
@@ -131,6 +137,8 @@ class Export:
             )
         if options.max_drop is not None and not (source.config and source.checkpoint):
             raise UsageError('--max-drop needs a config as MODEL and its CHECKPOINT to evaluate.')
+        parity_input = options.parity_input
+        self.picture = load_picture(parity_input, source.loader) if parity_input else None
         self.formats = self._usable_formats()
         for size in options.sizes:
             self._check_size(size)
@@ -407,11 +415,16 @@ class Export:
     def _image(self, job: Job, shape: tuple[int, int, int, int]) -> torch.Tensor:
         if job.dtype == 'int8':
             picture = torch.from_numpy(self._calibration(job, shape[2:])[0])
-            return picture.expand(shape).contiguous()
-        image = noise(shape, self.options.seed)
-        if self.options.parity_input is not None:
-            image = load_image(self.options.parity_input, shape)
-        return job.preprocess.undo(image) if job.preprocess else image
+        elif self.picture is not None:
+            picture = self._applied(job).apply(cover(self.picture[None], shape[2:]))
+        else:
+            image = noise(shape, self.options.seed)
+            return job.preprocess.undo(image) if job.preprocess else image
+        return picture.expand(shape).contiguous()
+
+    def _applied(self, job: Job) -> Preprocess:
+        """What is done to an image as loaded, before it is given to an artifact."""
+        return RAW if job.preprocess else Preprocess.of(self.source.preprocessor) or IMAGENET
 
     def _one(
         self, row: Format, job: Job, goldens: list[Golden], partial: Path, report: Report
@@ -517,6 +530,7 @@ class Export:
             size,
             RAW if job.preprocess else Preprocess.of(self.source.preprocessor),
             limit=self.options.calib_images + HELD_OUT,
+            loader=self.source.loader,
         )
 
     def _compare(
@@ -613,21 +627,3 @@ def _short(error: Exception, limit: int = 300) -> str:
 
 def _count_convolutions(model: PyramidBackbone) -> int:
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-
-
-def load_image(path: Path, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """An image file as a normalised batch of `shape`, by the statistics of ImageNet.
-
-    Raises:
-        UsageError: It cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    batch, _, height, width = shape
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert('RGB').resize((width, height)), dtype=np.float32)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f'--parity-input {path} is no readable image: {error}.') from error
-    normal = (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
-    return torch.from_numpy(normal.transpose(2, 0, 1)).expand(batch, -1, -1, -1).contiguous()

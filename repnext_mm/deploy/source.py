@@ -17,6 +17,7 @@ from ..checkpoints.reading import Weights
 from ..configs import is_config_name
 from ..engine.errors import UserError
 from ..text import closest
+from .calibration import config_loader
 from .errors import ModelError
 
 #: Every name that MODEL may be, with its family and arch.
@@ -36,6 +37,7 @@ class Source:
         checkpoint_sha256: Of that file.
         config: The config it is from.
         preprocessor: The config's `data_preprocessor`.
+        loader: How the config loads images, for `read_image`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Source:
     checkpoint_sha256: str | None = None
     config: str | None = None
     preprocessor: dict[str, Any] | None = None
+    loader: dict[str, Any] | None = None
 
     @property
     def arch(self) -> str | dict[str, Any]:
@@ -138,6 +141,7 @@ def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
         'random',
         config=path,
         preprocessor=dict(preprocessor) if preprocessor else None,
+        loader=config_loader(cfg),
     )
 
 
