@@ -29,7 +29,9 @@ class PyramidBackbone(BaseModule, Network):
 
     Args:
         arch: Name of a row of `arch_zoo`, or a dict with `arch_keys`.
-        out_indices: Stages to return, increasing, each in 0..3.
+        out_indices: Stages to return, increasing, each in 0..3. Stages beyond the last are built,
+            so that published weights load completely, but never run: their parameters require
+            no gradient, as distributed training waits for that of every parameter that does.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
         norm_cfg: `type` BN or SyncBN; optionally `eps`, `momentum`, `requires_grad`.
         norm_eval: Keep every norm in eval mode while training.
@@ -176,6 +178,7 @@ class PyramidBackbone(BaseModule, Network):
         """Set the mode; frozen stages, and with `norm_eval` all norms, stay in eval mode."""
         super().train(mode)
         self._freeze_stages()
+        _take_no_gradient(self.stages[self.out_indices[-1] + 1 :])
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -204,8 +207,7 @@ class PyramidBackbone(BaseModule, Network):
             return
         for module in (self.stem, *self.stages[: self.frozen_stages]):
             module.eval()
-            for param in module.parameters():
-                param.requires_grad = False
+            _take_no_gradient(module)
 
     @classmethod
     def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +238,11 @@ class PyramidBackbone(BaseModule, Network):
             if len(values) != NUM_STAGES or not all(isinstance(v, int) for v in values):
                 raise ValueError(f'arch[{key!r}]={values} must be {NUM_STAGES} whole numbers.')
         return settings
+
+
+def _take_no_gradient(module: nn.Module) -> None:
+    for param in module.parameters():
+        param.requires_grad = False
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
