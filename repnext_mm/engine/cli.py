@@ -28,7 +28,7 @@ from .config_file import load_config
 from .data_checks import check_data
 from .device import choose_device
 from .errors import UserError, run_tool
-from .exported_backbone import introduce, put_in_place
+from .exported_backbone import introduce, padding_line, put_in_place
 from .quiet import announce, quiet_log
 from .rescue import keep_results
 from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume, drop_pretrained
@@ -225,6 +225,8 @@ def _test(args: argparse.Namespace) -> None:
     runner.register_hook(RequireFit())
     with keep_results(runner), passed_on(checkpoint):
         runner.test()
+    if note := padding_line(runner.model):
+        _say(note)
 
     arguments = [args.config, args.checkpoint, '--show-dir', 'pictures']
     if args.backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -19,6 +21,17 @@ from ..runtimes import Artifact, ArtifactError, open_artifact, shown_shape
 TRIAL = 128  # pixels: a multiple of every stride
 
 
+class Counts:
+    """How many images were run, and how many of them padded, by the number of the file."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.padded: Counter[int] = Counter()
+
+    def __deepcopy__(self, memo: dict) -> Counts:
+        return self
+
+
 @MODELS.register_module(force=True)  # replaces its stand-in of `lazy`
 class ExportedBackbone(BaseModule):
     """Runs exported backbones, so that the figures of a test are those of the file that ships.
@@ -27,12 +40,16 @@ class ExportedBackbone(BaseModule):
     Files for one size are buckets: an image goes into the smallest that it fits in, padded with
     zeros on the right and below, and the features are cropped to the image.
     A batch is run in pieces of the batch size that the file was made for.
+    Copies, such as those of EMAHook, share the open files and the counts.
 
     Args:
         artifact: An ONNX or OpenVINO file, or another that `open_artifact` opens; or several of
             the same network, for different sizes.
         precision: What OpenVINO computes in: 'f32', 'bf16' or 'f16'.
         threads: Number of threads to compute on; PyTorch's when None.
+
+    Attributes:
+        counts: How many images it ran, and how many of them each file padded.
 
     Raises:
         ArtifactError: A file cannot be opened, does not return feature maps, or differs from the
@@ -64,6 +81,7 @@ class ExportedBackbone(BaseModule):
                     f'{_described(found[0])}; give files of one network.'
                 )
         self.out_channels, self.out_strides = found[0]
+        self.counts = Counts()
         self.eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -81,6 +99,9 @@ class ExportedBackbone(BaseModule):
         height, width = images.shape[2:]
         artifact = self._smallest(height, width)
         full = _padded(images, artifact.input_shape[2] or height, artifact.input_shape[3] or width)
+        self.counts.images += len(images)
+        if full is not images:
+            self.counts.padded[self.artifacts.index(artifact)] += len(images)
         stages = _in_batches(artifact, full)
         return tuple(
             torch.from_numpy(stage[:, :, : -(-height // stride), : -(-width // stride)]).to(x)
@@ -160,6 +181,33 @@ def introduce(model: Any, checkpoint: RunCheckpoint) -> list[str]:
                 f'{checkpoint.path}, whose neck and head may not know its features.'
             )
     return lines
+
+
+def padding_line(model: Any) -> str | None:
+    """A line for the user about the images that an exported backbone padded; None for none.
+
+    To be called in every process of a distributed test, whose counts it adds up.
+
+    Args:
+        model: Detector or segmentor, possibly wrapped, with any backbone.
+    """
+    backbone = getattr(getattr(model, 'module', model), 'backbone', None)
+    if not isinstance(backbone, ExportedBackbone):
+        return None
+    everywhere = all_gather_object((backbone.counts.images, backbone.counts.padded))
+    images = sum(count for count, _ in everywhere)
+    padded = sum((counts for _, counts in everywhere), Counter[int]())
+    if not padded:
+        return None
+    files = ', '.join(
+        f'{count} to {shown_shape(artifact.input_shape[2:])} by {artifact.path}'
+        for artifact, count in ((backbone.artifacts[i], padded[i]) for i in sorted(padded))
+    )
+    return (
+        f'warning: {padded.total()} of {images} images were padded to the size of a file ({files}),'
+        ' which changes their features near the edge; export with --dynamic hw, or files of their '
+        'sizes.'
+    )
 
 
 def _check_fit(model: Any) -> None:

@@ -98,6 +98,10 @@ class Artifact(ABC):
     def close(self) -> None:
         """Free the runtime's memory and threads; the artifact cannot be run any more."""
 
+    def __deepcopy__(self, memo: dict) -> Artifact:
+        """Itself: copies of a model, as of an average of its weights, share what is open."""
+        return self
+
     def __enter__(self) -> Artifact:
         return self
 
