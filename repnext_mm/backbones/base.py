@@ -142,6 +142,11 @@ class PyramidBackbone(BaseModule, Network):
         """Stride of each returned stage with respect to the image."""
         return tuple(self.strides[i] for i in self.out_indices)
 
+    @property
+    def least_side(self) -> int:
+        """The smallest height and width of an image that can be computed."""
+        return 1
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage."""
         converts = self._computes_channels_last(x) and not is_channels_last(x)

@@ -276,6 +276,7 @@ class Export:
             'size': list(size),
             'batch': options.batch,
             'dynamic': options.dynamic,
+            'least_side': model.least_side,
             'dtype': dtype,
             'weights': source.weights,
             'checkpoint_sha256': source.checkpoint_sha256,
