@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,25 @@ def test_packages_that_do_not_say_what_they_were_compiled_for(
         export_aoti(nameless, tmp_path / 'b.pt2')
     with pytest.raises(ArtifactError, match=r'b\.pt2 does not say for which images'):
         open_artifact(tmp_path / 'b.pt2')
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc of Linux')
+def test_openvino_does_not_keep_something_of_every_size(tmp_path: Path) -> None:
+    with muffled():
+        export_openvino(job(dynamic='hw'), tmp_path / 'a')
+
+    def resident() -> float:
+        return (
+            int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+        )
+
+    with open_artifact(tmp_path / 'a', threads=1) as artifact:
+        artifact.run(torch.zeros(1, 3, 96, 256))
+        grown = []
+        for start in (0, 100):
+            before = resident()
+            for i in range(start, start + 100):
+                artifact.run(torch.zeros(1, 3, 32 + i % 16 * 4, 33 + i))
+            grown.append(resident() - before)
+    # In MB; it kept about one per size of this small network, and the first filled the cache.
+    assert grown[1] < 30, grown

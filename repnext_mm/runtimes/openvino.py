@@ -27,6 +27,10 @@ from .artifact import (
     read_metadata,
 )
 
+#: Primitives that the CPU plugin keeps for sizes met before: about eight sizes of a small network.
+#: Its own limit of 5000 is reached after more than a hundred sizes, at about 3 MB each.
+RUNTIME_CACHE = 512
+
 
 class OpenVINOArtifact(Artifact):
     """An OpenVINO IR on the CPU."""
@@ -47,6 +51,7 @@ class OpenVINOArtifact(Artifact):
         options: dict[str, Any] = {
             'PERFORMANCE_HINT': 'LATENCY',
             'INFERENCE_PRECISION_HINT': precision,
+            'CPU_RUNTIME_CACHE_CAPACITY': str(RUNTIME_CACHE),
         }
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
