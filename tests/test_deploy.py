@@ -258,7 +258,7 @@ def test_512_by_512(tmp_path: Path) -> None:
         ('repnext_m0 --scope model', 2, '--scope model needs the config of a training and its'),
         ('a.py a.pth --scope model --bench --size 64,128', 2, '--bench times one size; give'),
         ('repnext_m0 --plan best', 2, "invalid choice: 'best'"),
-        ('repnext_m0 --parity-input no.jpg', 2, '--parity-input no.jpg is no readable image'),
+        ('repnext_m0 --parity-input no.jpg', 2, 'no.jpg cannot be read'),
         ('', 2, 'the following arguments are required'),
         ('check', 2, 'the following arguments are required: folder'),
     ],

@@ -12,6 +12,9 @@ import pytest
 import tool_runs
 import torch
 from conftest import REPO
+from networks import tiny
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from repnext_mm.engine.cli import evaluate_main, train_main
 
@@ -87,6 +90,19 @@ def test_detection_in_two_processes(data: Path, tmp_path: Path) -> None:
     found = [re.search(r'coco/bbox_mAP: (\S+)', text) for text in (both, alone)]
     assert all(found)
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('name', ['repnext_m', 'recnext_a', 'inception_next'])
+def test_fewer_stages_under_ddp(name: str, tmp_path: Path) -> None:
+    """DDP waits for the gradient of every parameter that requires one, even in one process."""
+    distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(tiny(name, out_indices=(0, 1, 2)).train())
+        for _ in range(3):
+            sum(stage.mean() for stage in model(torch.randn(2, 3, 64, 64))).backward()
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

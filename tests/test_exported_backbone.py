@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -25,6 +26,7 @@ from torch import nn
 
 from repnext_mm import ExportedBackbone, reparameterize
 from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
+from repnext_mm.engine.exported_backbone import padding_line
 from repnext_mm.runtimes import METADATA_KEY, ArtifactError
 
 onnx = pytest.importorskip('onnx', reason='needs onnx, from the extra onnx')
@@ -118,6 +120,43 @@ def test_a_run_with_averaged_weights(models: dict[str, Trained], tmp_path: Path)
     expected = model.evaluate(config=config).metric
     shipped = model.evaluate('--backbone', model.checkpoint.parent / 'any.onnx', config=config)
     assert abs(shipped.metric - expected) < 0.1 * ONE_POINT['seg']
+
+
+EMA = dict(type='EMAHook', ema_type='ExponentialMovingAverage', update_buffers=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['any.onnx', 'any_openvino'])
+@pytest.mark.parametrize(
+    'hook',
+    [EMA, EMA | dict(ema_type='mmdet.ExpMomentumEMA', momentum=0.0002, strict_load=True)],
+    ids=['mmengine', 'mmdet'],
+)
+def test_with_averaged_weights(
+    hook: dict, name: str, models: dict[str, Trained], tmp_path: Path
+) -> None:
+    """EMAHook copies the model, and swaps its weights with the copy's for the test."""
+    model = models['det']
+    config = tmp_path / 'ema.py'
+    config.write_text(f'_base_ = {str(model.config)!r}\ncustom_hooks = [{hook!r}]\n')
+    shipped = model.evaluate('--backbone', model.checkpoint.parent / name, config=config)
+    assert shipped.metric == pytest.approx(1.0, abs=0.001)
+    assert 'unexpected key' not in shipped.out + shipped.err
+
+
+@pytest.mark.slow
+def test_the_tool_says_what_it_padded(models: dict[str, Trained], tmp_path: Path) -> None:
+    model = models['det']
+    sizes = [(64, 64), (96, 96)]
+    files = [export(tmp_path / f'{size[0]}.onnx', backbone_of(model), size=size) for size in sizes]
+    padded = model.evaluate('--backbone', files[1])
+    lines = [line for line in padded.out.splitlines() if '3 of 3 images' in line]
+    assert len(lines) == 1
+    assert f'3 to (96, 96) by {files[1]}' in lines[0]
+    assert padded.metric < 1.0
+    exact = model.evaluate('--backbone', *files)
+    assert exact.metric == pytest.approx(1.0, abs=0.001)
+    assert 'padded' not in exact.out
 
 
 @pytest.mark.slow
@@ -243,6 +282,35 @@ def test_the_smallest_size_that_fits(fixed: dict[str, Path]) -> None:
         match=r'128 x 64 pixels fits into no artifact \(.*wide\.onnx \(64, 128\), .*--dynamic hw',
     ):
         backbone(images(1, 3, 128, 64))
+
+
+def test_padded_images_are_counted(fixed: dict[str, Path]) -> None:
+    model = nn.Module()
+    model.backbone = ExportedBackbone([str(fixed['wide']), str(fixed['small'])])
+    model.backbone(images(2, 3, 64, 64))
+    model.backbone(images(1, 3, 64, 128))
+    assert padding_line(model) is None
+    copied = copy.deepcopy(model)
+    for number, height, width in ((1, 33, 70), (3, 50, 64), (1, 64, 100)):
+        copied.backbone(images(number, 3, height, width))
+    line = padding_line(model)
+    assert line
+    assert '5 of 8 images' in line
+    assert f'2 to (64, 128) by {fixed["wide"]}' in line
+    assert f'3 to (64, 64) by {fixed["small"]}' in line
+    assert len(line.splitlines()) == 1
+    assert padding_line(nn.Module()) is None
+
+
+@pytest.mark.parametrize('names', [['small'], ['pair'], ['wide', 'small']])
+def test_copies_share_the_open_files(fixed: dict[str, Path], names: list[str]) -> None:
+    backbone = ExportedBackbone([str(fixed[name]) for name in names])
+    copied = copy.deepcopy(nn.Sequential(backbone))[0]
+    assert copied is not backbone
+    assert all(a is b for a, b in zip(copied.artifacts, backbone.artifacts, strict=True))
+    x = images(1, 3, 64, 64)
+    assert_close(copied(x), features(tiny(NETWORK), x))
+    assert_close(backbone(x), features(tiny(NETWORK), x))
 
 
 def test_it_is_not_trained(fixed: dict[str, Path]) -> None:

@@ -57,6 +57,19 @@ def test_out_indices_choose_stages_and_skip_the_rest(name):
 
 
 @NETWORKS
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0, 1, 2), (1,), (0,)])
+def test_what_requires_a_gradient_gets_one(name, out_indices):
+    model = tiny(name, out_indices=out_indices, norm_cfg=dict(type='BN', requires_grad=True))
+    learning = {n for n, p in model.train().named_parameters() if p.requires_grad}
+    assert grads(model, image(model)).keys() == learning
+    run = ('stem.', *(f'stages.{i}.' for i in range(out_indices[-1] + 1)))
+    assert learning == {n for n, _ in model.named_parameters() if n.startswith(run)}
+    assert tiny(name).load_state_dict(model.state_dict())
+    fused = reparameterize(model.eval())
+    assert all(not p.requires_grad for n, p in fused.named_parameters() if not n.startswith(run))
+
+
+@NETWORKS
 @pytest.mark.parametrize('frozen', [-1, 0, 1, 3, 4])
 def test_frozen_stages_neither_learn_nor_update_statistics(name, frozen):
     model = tiny(name, frozen_stages=frozen)

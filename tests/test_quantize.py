@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import onnx
 import openvino
@@ -15,6 +17,7 @@ import pytest
 import tool_runs
 import torch
 from evaluations import backbone_of, trained
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, DefaultScope
@@ -31,6 +34,7 @@ from repnext_mm.deploy.errors import ParityError, UsageError
 from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
 from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
 from repnext_mm.deploy.quantizers import quantizer_for
+from repnext_mm.deploy.source import load_source
 from repnext_mm.engine.cli import evaluate_main
 from repnext_mm.engine.quiet import muffled
 from repnext_mm.runtimes import open_artifact
@@ -313,6 +317,78 @@ def test_folder_images_are_the_same_each_time(tmp_path: Path, data_root: Path) -
     np.testing.assert_allclose(image[0, :, 7, 7], (np.array([255, 0, 0]) - mean) / std, rtol=1e-5)
     raw = calibration_images(tmp_path, (20, 20), calibration.RAW)[0]
     np.testing.assert_allclose(raw[0, :, 7, 7], [0, 0, 255], atol=1e-4)  # BGR, as mm loads it
+
+
+KINDS: dict[str, Callable[[Image.Image, Path], None]] = {
+    'grey16.png': lambda image, path: image.convert('L').convert('I;16').save(path),
+    'color16.png': lambda image, path: cv2.imwrite(str(path), np.asarray(image).astype('u2') * 257),
+    'alpha.png': lambda image, path: image.convert('RGBA').save(path),
+    'cmyk.jpg': lambda image, path: image.convert('CMYK').save(path),
+    'turned.jpg': lambda image, path: image.save(path, exif=turned()),
+}
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = 6
+    return exif
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('loader', [None, dict(imdecode_backend='pillow')])
+def test_folder_images_are_read_as_mm_reads(kind: str, loader: Any, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for i in range(calibration.MIN_IMAGES):
+        KINDS[kind](Image.fromarray(pixels), tmp_path / f'{i}_{kind}')
+    path = str(tmp_path / f'0_{kind}')
+    wanted = LoadImageFromFile(**(loader or {})).transform({'img_path': path})['img']
+    images = calibration_images(tmp_path, wanted.shape[:2], calibration.RAW, loader=loader)
+    np.testing.assert_array_equal(images[0][0], wanted.transpose(2, 0, 1))
+
+
+def test_what_a_folder_image_is_loaded_as(tmp_path: Path) -> None:
+    for i in range(calibration.MIN_IMAGES):
+        Image.new('RGBA', (40, 60)).save(tmp_path / f'{i}.png')
+    images = calibration_images(tmp_path, SIZE, loader=dict(color_type='unchanged'))
+    with pytest.raises(UsageError, match=r'\(60, 40, 4\).*unchanged'):
+        _ = images[0]
+
+
+def test_config_says_how_images_are_loaded(tmp_path: Path) -> None:
+    config = tmp_path / 'own.py'
+    step = "dict(type='LoadImageFromFile', color_type='unchanged')"
+    config.write_text(
+        f'_base_ = [{str(tool_runs.CONFIGS["seg"])!r}]\n'
+        f'test_dataloader = dict(dataset=dict(pipeline=[{step}]))\n'
+    )
+    assert load_source(str(config)).loader == eval(step)
+
+
+def test_left_out_and_dark_images_are_said(artifact: Any, tmp_path: Path) -> None:
+    for i in range(calibration.MIN_IMAGES):
+        pixels = np.random.default_rng(i).integers(0, 4096, (4, 4), dtype=np.uint16)
+        pixels[0] = 4095
+        cv2.imwrite(str(tmp_path / f'{i}.png'), np.kron(pixels, np.ones((16, 16), np.uint16)))
+    for i in range(3):
+        (tmp_path / f'{i}.heic').touch()
+    said: list[str] = []
+    images = calibration_images(tmp_path, SIZE)
+    with pytest.raises(UsageError, match='keep_float'):
+        quantize(
+            artifact('onnx'), tmp_path / 'a.onnx', images, keep_float=['none'], say=said.append
+        )
+    left_out, dark = images.warnings()
+    assert re.search(r'\b3 of 19 files\b.*\.heic \(3\)', left_out)
+    assert re.search(r'\b16 bits\b.* 4095 of 65535', dark)
+    assert {f'warning: {left_out}', f'warning: {dark}'} <= {*said}
+    assert not calibration_images(tmp_path, SIZE, loader=dict(color_type='unchanged')).warnings()[
+        1:
+    ]
+
+    for i in range(1, calibration.MIN_IMAGES):
+        (tmp_path / f'{i}.png').rename(tmp_path / f'{i}.raw')
+    with pytest.raises(UsageError, match=r'has 1 images .*\.raw \(15\)'):
+        calibration_images(tmp_path, SIZE)
 
 
 # --- what is refused

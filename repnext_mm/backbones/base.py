@@ -29,8 +29,9 @@ class PyramidBackbone(BaseModule, Network):
 
     Args:
         arch: Name of a row of `arch_zoo`, or a dict with `arch_keys`.
-        out_indices: Stages to return, increasing, each in 0..3. Those beyond the last never run;
-            they keep the weights of a checkpoint and take no gradient.
+        out_indices: Stages to return, increasing, each in 0..3. Stages beyond the last are built,
+            so that published weights load completely, but never run: their parameters require
+            no gradient, as distributed training waits for that of every parameter that does.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
         norm_cfg: `type` BN or SyncBN; optionally `eps`, `momentum`, `requires_grad`.
         norm_eval: Keep every norm in eval mode while training.
@@ -141,6 +142,11 @@ class PyramidBackbone(BaseModule, Network):
         """Stride of each returned stage with respect to the image."""
         return tuple(self.strides[i] for i in self.out_indices)
 
+    @property
+    def least_side(self) -> int:
+        """The smallest height and width of an image that can be computed."""
+        return 1
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage."""
         converts = self._computes_channels_last(x) and not is_channels_last(x)
@@ -174,9 +180,10 @@ class PyramidBackbone(BaseModule, Network):
         self._is_init = True
 
     def train(self, mode: bool = True) -> PyramidBackbone:
-        """Set the mode; frozen and unused stages, and with `norm_eval` all norms, stay in eval."""
+        """Set the mode; frozen stages, and with `norm_eval` all norms, stay in eval mode."""
         super().train(mode)
         self._freeze_stages()
+        _take_no_gradient(self.stages[self.out_indices[-1] + 1 :])
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -201,14 +208,11 @@ class PyramidBackbone(BaseModule, Network):
         self.train(self.training)
 
     def _freeze_stages(self) -> None:
-        frozen = [] if self.frozen_stages < 0 else [self.stem, *self.stages[: self.frozen_stages]]
-        # Stages beyond the last output never run, and would make DistributedDataParallel wait for
-        # their gradients.
-        unused = self.stages[self.out_indices[-1] + 1 :]
-        for module in (*frozen, *unused):
+        if self.frozen_stages < 0:
+            return
+        for module in (self.stem, *self.stages[: self.frozen_stages]):
             module.eval()
-            for param in module.parameters():
-                param.requires_grad = False
+            _take_no_gradient(module)
 
     @classmethod
     def _check_arch(cls, arch: str | dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +243,11 @@ class PyramidBackbone(BaseModule, Network):
             if len(values) != NUM_STAGES or not all(isinstance(v, int) for v in values):
                 raise ValueError(f'arch[{key!r}]={values} must be {NUM_STAGES} whole numbers.')
         return settings
+
+
+def _take_no_gradient(module: nn.Module) -> None:
+    for param in module.parameters():
+        param.requires_grad = False
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:

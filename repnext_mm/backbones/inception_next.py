@@ -185,6 +185,11 @@ class InceptionNeXt(PyramidBackbone):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(cast(nn.Parameter, module.bias))
 
+    @property
+    def least_side(self) -> int:
+        """The stride of the last asked stage."""
+        return self.out_strides[-1]
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, H // stride_i, W // stride_i)` per asked stage.
 
@@ -192,7 +197,7 @@ class InceptionNeXt(PyramidBackbone):
             ValueError: The image is smaller than the stride of the last asked stage.
         """
         height, width = x.shape[2:]
-        smallest = self.out_strides[-1]
+        smallest = self.least_side
         # Open sizes, in tracing and export, are no ints.
         if any(isinstance(side, int) and side < smallest for side in (height, width)):
             raise ValueError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..configs import is_config_name
-from ..datasets.images import IMAGE_SUFFIXES, describe, is_dark, read_image
+from ..datasets.images import IMAGE_SUFFIXES, image_loader, read_image, unused_depth
 from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from .errors import UsageError
 from .exporters import Preprocess
@@ -38,13 +40,25 @@ class CalibrationImages(Sequence[np.ndarray]):
         preprocess: Applied to the images as OpenCV loads them, BGR from 0 to 255.
         limit: At most so many images, chosen at random, but the same ones each time.
         count: How many there are.
+        loader: The config of the transform that loads them; mm's default where None.
+
+    Attributes:
+        left_out: What the source has besides and is not used, as a sentence; '' for nothing.
     """
 
+    left_out = ''
+
     def __init__(
-        self, size: tuple[int, int], preprocess: Preprocess, limit: int | None, count: int
+        self,
+        size: tuple[int, int],
+        preprocess: Preprocess,
+        limit: int | None,
+        count: int,
+        loader: Mapping[str, Any] | None,
     ) -> None:
         self.size = size
         self.preprocess = preprocess
+        self.loader = loader
         order = list(range(count))
         random.Random(0).shuffle(order)
         self.order = order[:limit]
@@ -53,9 +67,16 @@ class CalibrationImages(Sequence[np.ndarray]):
     def load(self, index: int) -> Tensor:
         """Image number `index` as loaded, `(3, h, w)` of any size, BGR from 0 to 255."""
 
-    def notes(self) -> list[str]:
-        """What a user should know about the images, in sentences."""
-        return []
+    @abstractmethod
+    def file(self, index: int) -> Path:
+        """Where it is from."""
+
+    def warnings(self) -> list[str]:
+        """What to say before they are used."""
+        files = [file for file in map(self.file, self.order) if file.is_file()]
+        keeps_depth = (self.loader or {}).get('color_type') == 'unchanged'
+        dark = None if keeps_depth else unused_depth(files)
+        return [*filter(None, (self.left_out, dark))]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -74,55 +95,66 @@ class CalibrationImages(Sequence[np.ndarray]):
 class FolderImages(CalibrationImages):
     """Images below a folder."""
 
-    def __init__(self, folder: Path, size: Any, preprocess: Any, limit: Any) -> None:
-        self.folder = folder
-        files = sorted(p for p in folder.rglob('*') if p.is_file())
-        self.files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-        self.left_out = [p for p in files if p.suffix.lower() not in IMAGE_SUFFIXES]
-        super().__init__(size, preprocess, limit, len(self.files))
+    def __init__(
+        self, folder: Path, size: Any, preprocess: Any, limit: Any, loader: Any = None
+    ) -> None:
+        files = sorted(_files(folder))
+        self.files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if others := Counter(f.suffix or 'none' for f in files if f not in {*self.files}):
+            shown = ', '.join(f'{suffix} ({count})' for suffix, count in others.most_common(5))
+            self.left_out = (
+                f'{others.total()} of {len(files)} files in {folder} are left out for their '
+                f'suffix: {shown}; images are {", ".join(IMAGE_SUFFIXES)}'
+            )
+        super().__init__(size, preprocess, limit, len(self.files), loader)
 
     def load(self, index: int) -> Tensor:
-        try:
-            pixels = read_image(self.files[index])
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f'calibration: {str(error).rstrip(".")}, as mm could not read it either.'
-            ) from error
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return load_picture(self.files[index], self.loader)
 
-    def notes(self) -> list[str]:
-        """Files that are left out, and images that mm reads as nearly black."""
-        notes = []
-        if self.left_out:
-            suffixes = sorted({path.suffix or path.name for path in self.left_out})
-            notes.append(
-                f'{len(self.left_out)} of {len(self.left_out) + len(self.files)} files in '
-                f'{self.folder} are left out for their suffix ({", ".join(suffixes[:5])}); images '
-                f'end in {", ".join(IMAGE_SUFFIXES)}.'
-            )
-        dark = [p for p in (self.files[i] for i in self.order) if _reads_dark(p)]
-        if dark:
-            notes.append(
-                f'{len(dark)} of {len(self.order)} calibration images have 16 bits of which the '
-                f'upper ones are empty, so mm reads them as nearly black, the first is {dark[0]}; '
-                'scale their values to the full range.'
-            )
-        return notes
+    def file(self, index: int) -> Path:
+        return self.files[index]
 
 
 class DatasetImages(CalibrationImages):
     """Images of a config's training data (test data without), through its test pipeline."""
 
-    def __init__(self, dataset: Any, size: Any, preprocess: Any, limit: Any) -> None:
+    def __init__(self, dataset: Any, size: Any, preprocess: Any, limit: Any, loader: Any) -> None:
         self.dataset = dataset
-        super().__init__(size, preprocess, limit, len(dataset))
+        super().__init__(size, preprocess, limit, len(dataset), loader)
 
     def load(self, index: int) -> Tensor:
         from mmengine.registry import DefaultScope
 
-        with DefaultScope.overwrite_default_scope(self.dataset.scope):
-            inputs = self.dataset[index]['inputs']
+        try:
+            with DefaultScope.overwrite_default_scope(self.dataset.scope):
+                inputs = self.dataset[index]['inputs']
+        except AssertionError as error:  # of mm's loader
+            raise UsageError(
+                f'the calibration image {self.file(index)} cannot be decoded ({error}); replace '
+                'or remove it.'
+            ) from error
         return inputs[0] if isinstance(inputs, list) else inputs  # several under test-time changes
+
+    def file(self, index: int) -> Path:
+        return Path(self.dataset.get_data_info(index)['img_path'])
+
+
+def load_picture(path: Path, loader: Mapping[str, Any] | None = None) -> Tensor:
+    """An image file as mm loads it, `(3, h, w)`, BGR from 0 to 255.
+
+    Raises:
+        UsageError: mm cannot decode it, or it has not three channels then.
+    """
+    try:
+        pixels = read_image(path, loader)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UsageError(
+            f'{path} is loaded as {pixels.shape} by {dict(loader or {})}, and a backbone requires '
+            'three channels; replace the image, or correct color_type.'
+        )
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))
 
 
 def calibration_images(
@@ -131,6 +163,7 @@ def calibration_images(
     preprocess: Preprocess | None = None,
     limit: int | None = ENOUGH_IMAGES,
     options: Mapping[str, Any] | None = None,
+    loader: Mapping[str, Any] | None = None,
 ) -> CalibrationImages:
     """The images of a folder, or of the data set of a config.
 
@@ -140,6 +173,8 @@ def calibration_images(
         preprocess: None is the config's `data_preprocessor`, and for a folder `IMAGENET`.
         limit: At most so many.
         options: Settings of the config to override, as `--cfg-options` does.
+        loader: How the images of a folder are loaded: the config of mm's `LoadImageFromFile`, its
+            default where None. Those of a data set are loaded by its own pipeline.
 
     Raises:
         UsageError: There is no such source, or it has fewer than `MIN_IMAGES` images.
@@ -148,33 +183,26 @@ def calibration_images(
     path = Path(source)
     images: CalibrationImages
     if not path.is_dir() and is_config_name(str(path)):
-        dataset, own = _dataset(path, options or {})
-        images = DatasetImages(dataset, size, preprocess or own, limit)
+        dataset, own, loads = _dataset(path, options or {})
+        images = DatasetImages(dataset, size, preprocess or own, limit, loads)
     elif path.is_dir():
-        images = FolderImages(path, size, preprocess or IMAGENET, limit)
+        images = FolderImages(path, size, preprocess or IMAGENET, limit, loader)
     else:
         raise UsageError(
             f'--calib {source} is neither a folder of images nor a config; int8 is '
             'calibrated on images like those it will see, never on random numbers.'
         )
-    check_count(len(images), str(source))
+    check_count(len(images), str(source), images.left_out)
     return images
 
 
-def check_count(count: int, source: str) -> None:
+def check_count(count: int, source: str, left_out: str = '') -> None:
     """Raise UsageError for too few images."""
     if count < MIN_IMAGES:
         raise UsageError(
             f'{source} has {count} images for calibration; give at least {MIN_IMAGES}, better '
-            f'{ENOUGH_IMAGES} or more.'
+            f'{ENOUGH_IMAGES} or more{left_out and f" ({left_out})"}.'
         )
-
-
-def _reads_dark(path: Path) -> bool:
-    try:
-        return is_dark(describe(path), read_image(path))
-    except (OSError, ValueError):
-        return False  # reading it for calibration says what is wrong
 
 
 def check_pictures(images: Sequence[np.ndarray]) -> None:
@@ -207,8 +235,30 @@ def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image[:, :, top : top + size[0], left : left + size[1]]
 
 
-def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
-    """The data set of a config that is calibrated on, and what is done to its images."""
+def config_loader(cfg: Any) -> dict[str, Any] | None:
+    """How a config loads the images that its model is tested on, for `read_image`."""
+    seen = _tested_on(cfg)
+    loader = image_loader(_innermost(seen.dataset).get('pipeline') or ()) if seen else None
+    if loader and loader['type'] != 'LoadImageFromFile':
+        # One of a framework or of the user's own, which registers there.
+        loader['_scope_'] = cfg.get('default_scope') or 'mmengine'
+    return loader
+
+
+def _tested_on(cfg: Any) -> Any:
+    loaders = (cfg.get(f'{split}_dataloader') for split in ('test', 'val', 'train'))
+    return next(filter(None, loaders), None)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names)
+
+
+def _dataset(
+    path: Path, options: Mapping[str, Any]
+) -> tuple[Any, Preprocess, dict[str, Any] | None]:
+    """The data set of a config to calibrate on, what is done to its images, what loads them."""
     from mmengine.registry import DATASETS, DefaultScope
 
     from ..engine.cli import import_framework
@@ -221,17 +271,18 @@ def _dataset(path: Path, options: Mapping[str, Any]) -> tuple[Any, Preprocess]:
     loaders = {split: cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
     # What the metric is measured on is better not calibrated on as well.
     split = next((name for name, loader in loaders.items() if loader), None)
-    seen = next((loaders[name] for name in ('test', 'val', 'train') if loaders[name]), None)
+    seen = _tested_on(cfg)
     if split is None or seen is None:
         raise UsageError(f'{path} has no data set to calibrate on; give a folder of images.')
     require(check_sources(cfg, (split,)).findings)
     settings = _innermost(loaders[split].dataset)
-    settings.update(pipeline=_innermost(seen.dataset).pipeline, test_mode=True)
+    pipeline = _innermost(seen.dataset).pipeline
+    settings.update(pipeline=pipeline, test_mode=True)
     with DefaultScope.overwrite_default_scope(scope):
         dataset = DATASETS.build(settings)
     dataset.scope = scope
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    return dataset, Preprocess.of(preprocessor) or RAW
+    return dataset, Preprocess.of(preprocessor) or RAW, image_loader(pipeline)
 
 
 def _innermost(settings: Any) -> Any:

@@ -32,6 +32,11 @@ OPSETS = (18, 19, 20, 21, 22, 23)
 #: At least so large is the image that an open height and width are traced with.
 TRACED_SIDE = 320
 IOS_TARGETS = (15, 16, 17, 18, 26)
+#: In the metadata of AOTInductor packages, which torch runs on whatever they are given.
+UNCHECKED = (
+    'The code reads its input as contiguous float32 images of the shape that size, batch and '
+    'dynamic say, and checks none of this unless AOTI_RUNTIME_CHECK_INPUTS=1 is in the environment.'
+)
 #: What an artifact computes in, by the name on the command line.
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -186,18 +191,11 @@ def export_pt2(job: Job, path: Path) -> None:
         torch.export.save(job.program(), buffer, extra_files={METADATA_KEY: job.metadata_text})
 
 
-#: What a package says about itself, for programs that load it without this one.
-AOTI_LIMITS = (
-    'The input must be contiguous float32 of the size above: the package checks neither strides '
-    'nor sizes, and computes garbage from others without an error.'
-)
-
-
 def export_aoti(job: Job, path: Path) -> None:
     """A library compiled by AOTInductor for the processor at hand."""
     from torch import _inductor
 
-    metadata = json.dumps({**json.loads(job.metadata_text), 'limits': AOTI_LIMITS})
+    metadata = json.dumps(job.metadata | {'unchecked': UNCHECKED})
     with in_memory(path) as buffer:
         _inductor.aoti_compile_and_package(
             job.program(device=job.device),

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from ..backbones import PyramidBackbone
 from ..complexity import count_macs, count_parameters
-from ..datasets.images import read_image
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
 from ..network import FusionReport, Plan
@@ -27,7 +26,14 @@ from ..reparam.verify import noise
 from ..runtimes import ArtifactError, open_artifact
 from ..version import __version__
 from .bench import choose_plan
-from .calibration import ENOUGH_IMAGES, IMAGENET, RAW, calibration_images
+from .calibration import (
+    ENOUGH_IMAGES,
+    IMAGENET,
+    RAW,
+    calibration_images,
+    cover,
+    load_picture,
+)
 from .errors import (
     DependencyError,
     ExportError,
@@ -131,6 +137,8 @@ class Export:
             )
         if options.max_drop is not None and not (source.config and source.checkpoint):
             raise UsageError('--max-drop needs a config as MODEL and its CHECKPOINT to evaluate.')
+        parity_input = options.parity_input
+        self.picture = load_picture(parity_input, source.loader) if parity_input else None
         self.formats = self._usable_formats()
         for size in options.sizes:
             self._check_size(size)
@@ -268,6 +276,7 @@ class Export:
             'size': list(size),
             'batch': options.batch,
             'dynamic': options.dynamic,
+            'least_side': model.least_side,
             'dtype': dtype,
             'weights': source.weights,
             'checkpoint_sha256': source.checkpoint_sha256,
@@ -413,11 +422,16 @@ class Export:
     def _image(self, job: Job, shape: tuple[int, int, int, int]) -> torch.Tensor:
         if job.dtype == 'int8':
             picture = torch.from_numpy(self._calibration(job, shape[2:])[0])
-            return picture.expand(shape).contiguous()
-        image = noise(shape, self.options.seed)
-        if self.options.parity_input is not None:
-            image = load_image(self.options.parity_input, shape)
-        return job.preprocess.undo(image) if job.preprocess else image
+        elif self.picture is not None:
+            picture = self._applied(job).apply(cover(self.picture[None], shape[2:]))
+        else:
+            image = noise(shape, self.options.seed)
+            return job.preprocess.undo(image) if job.preprocess else image
+        return picture.expand(shape).contiguous()
+
+    def _applied(self, job: Job) -> Preprocess:
+        """What is done to an image as loaded, before it is given to an artifact."""
+        return RAW if job.preprocess else Preprocess.of(self.source.preprocessor) or IMAGENET
 
     def _one(
         self, row: Format, job: Job, goldens: list[Golden], partial: Path, report: Report
@@ -518,15 +532,13 @@ class Export:
     def _calibration(self, job: Job, size: tuple[int, int]) -> Sequence[np.ndarray]:
         """Images as the artifact requires them; the first `HELD_OUT` are not calibrated on."""
         assert self.options.calib is not None, 'refused before'
-        images = calibration_images(
+        return calibration_images(
             self.options.calib,
             size,
             RAW if job.preprocess else Preprocess.of(self.source.preprocessor),
             limit=self.options.calib_images + HELD_OUT,
+            loader=self.source.loader,
         )
-        for note in images.notes():
-            self.say(f'      {note}')
-        return images
 
     def _compare(
         self, row: Format, job: Job, written: Path, goldens: list[Golden]
@@ -622,21 +634,3 @@ def _short(error: Exception, limit: int = 300) -> str:
 
 def _count_convolutions(model: PyramidBackbone) -> int:
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-
-
-def load_image(path: Path, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """An image file as mm decodes it, as a normalised batch of `shape`, by ImageNet's statistics.
-
-    Raises:
-        UsageError: It cannot be read.
-    """
-    import cv2
-
-    batch, _, height, width = shape
-    try:
-        image = read_image(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f'--parity-input {path} is no readable image: {error}') from error
-    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy()).float()[None]
-    return IMAGENET.apply(pixels).expand(batch, -1, -1, -1).contiguous()

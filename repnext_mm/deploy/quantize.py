@@ -22,7 +22,7 @@ import numpy as np
 from ..engine.errors import PACKAGE
 from ..measure.environment import isa_flags
 from ..runtimes import open_artifact
-from .calibration import ENOUGH_IMAGES, check_count, check_pictures
+from .calibration import ENOUGH_IMAGES, CalibrationImages, check_count, check_pictures
 from .errors import ParityError, UsageError
 from .quantizers import CALIBRATORS, Quantizer, quantizer_for
 
@@ -220,6 +220,8 @@ def quantize(
         )
     if metadata.get('weights') == 'random':
         report.warnings.append('random weights: the int8 accuracy says nothing about trained ones')
+    if isinstance(images, CalibrationImages):
+        report.warnings += images.warnings()
     for text in report.warnings:
         say(f'warning: {text}')
 

@@ -17,6 +17,7 @@ from ..checkpoints.reading import Weights
 from ..configs import is_config_name
 from ..engine.errors import UserError
 from ..text import closest
+from .calibration import config_loader
 from .errors import ModelError
 
 #: Every name that MODEL may be, with its family and arch.
@@ -37,6 +38,7 @@ class Source:
         config: The config it is from.
         preprocessor: The config's `data_preprocessor`.
         classes: The names of the config's classes.
+        loader: How the config loads images, for `read_image`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Source:
     config: str | None = None
     preprocessor: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
+    loader: dict[str, Any] | None = None
 
     @property
     def arch(self) -> str | dict[str, Any]:
@@ -142,6 +145,7 @@ def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
         config=path,
         preprocessor=dict(preprocessor) if preprocessor else None,
         classes=config_classes(cfg),
+        loader=config_loader(cfg),
     )
 
 

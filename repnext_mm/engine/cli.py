@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.hooks import CheckpointHook, EMAHook
-from mmengine.registry import HOOKS
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
@@ -28,7 +27,7 @@ from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import fit_workers, load_config
 from .device import choose_device
 from .errors import UserError, run_tool, sigterm_raises
-from .exported_backbone import introduce, padding, put_in_place
+from .exported_backbone import introduce, padding_line, put_in_place
 from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
 from .literals import literal
 from .preflight import Sources, check_config, check_sources, preflight, require
@@ -305,8 +304,6 @@ def _test(args: argparse.Namespace) -> None:
     elif args.precision:
         raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
     sources = _prepare(cfg, args, ('test',))
-    if args.backbone:
-        _drop_averaging(cfg)
     with explain_full_disk(cfg.work_dir):
         make_folder(cfg.work_dir)
         sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
@@ -329,7 +326,7 @@ def _test_in_folder(
         return
     with keep_results(runner), passed_on(checkpoint):
         runner.test()
-    if args.backbone and (note := padding(getattr(runner.model, 'module', runner.model))):
+    if note := padding_line(runner.model):
         _say(note)
 
     arguments = [_shown(dumped_config(runner)), _shown(args.checkpoint)]
@@ -343,20 +340,6 @@ def _test_in_folder(
         arguments += ['--backbone', *map(shlex.quote, args.backbone)]
         arguments += ['--precision', args.precision] if args.precision else []
     _say(f'Wrote {wrote} {following}: {command("test")} {" ".join(arguments)}')
-
-
-def _drop_averaging(cfg: Config) -> None:
-    """Leave out hooks that copy the model, which an exported backbone cannot be copied with.
-
-    A checkpoint has the averaged weights under the names of the model, where a test finds them.
-    """
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_averaging(hook)]
-
-
-def _is_averaging(hook: Any) -> bool:
-    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
-    kind = HOOKS.get(kind) if isinstance(kind, str) else kind
-    return isinstance(kind, type) and issubclass(kind, EMAHook)
 
 
 def _say(line: str) -> None:

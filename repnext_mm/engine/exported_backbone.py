@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -21,6 +21,17 @@ from ..runtimes import Artifact, ArtifactError, open_artifact, shown_shape
 TRIAL = 128  # pixels: a multiple of every stride
 
 
+class Counts:
+    """How many images were run, and how many of them padded, by the number of the file."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.padded: Counter[int] = Counter()
+
+    def __deepcopy__(self, memo: dict) -> Counts:
+        return self
+
+
 @MODELS.register_module(force=True)  # replaces its stand-in of `lazy`
 class ExportedBackbone(BaseModule):
     """Runs exported backbones, so that the figures of a test are those of the file that ships.
@@ -29,6 +40,7 @@ class ExportedBackbone(BaseModule):
     Files for one size are buckets: an image goes into the smallest that it fits in, padded with
     zeros on the right and below, and the features are cropped to the image.
     A batch is run in pieces of the batch size that the file was made for.
+    Copies, such as those of EMAHook, share the open files and the counts.
 
     Args:
         artifact: An ONNX or OpenVINO file, or another that `open_artifact` opens; or several of
@@ -36,6 +48,9 @@ class ExportedBackbone(BaseModule):
         precision: What OpenVINO computes in: 'f32', 'bf16' or 'f16'.
         threads: Number of threads to compute on; PyTorch's when None.
         trust: Run files that are code (TorchScript, AOTInductor); say so for files that you made.
+
+    Attributes:
+        counts: How many images it ran, and how many of them each file padded.
 
     Raises:
         ArtifactError: A file cannot be opened, does not return feature maps, or differs from the
@@ -70,21 +85,8 @@ class ExportedBackbone(BaseModule):
                     f'{_described(found[0])}; give files of one network.'
                 )
         self.out_channels, self.out_strides = found[0]
-        #: Images that were run, and of these those padded to the size of each file.
-        self.seen = 0
-        self.padded: Counter[str] = Counter()
+        self.counts = Counts()
         self.eval()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExportedBackbone:
-        """Share the open files, which have no weights: EMA copies a model to average them."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        shared = ('artifacts', 'padded')
-        copied.__dict__ = {
-            key: value if key in shared else copy.deepcopy(value, memo)
-            for key, value in self.__dict__.items()
-        }
-        return copied
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage.
@@ -101,9 +103,9 @@ class ExportedBackbone(BaseModule):
         height, width = images.shape[2:]
         artifact = self._smallest(height, width)
         full = _padded(images, artifact.input_shape[2] or height, artifact.input_shape[3] or width)
-        self.seen += len(images)
+        self.counts.images += len(images)
         if full is not images:
-            self.padded[str(artifact.path)] += len(images)
+            self.counts.padded[self.artifacts.index(artifact)] += len(images)
         stages = _in_batches(artifact, full)
         return tuple(
             torch.from_numpy(stage[:, :, : -(-height // stride), : -(-width // stride)]).to(x)
@@ -187,19 +189,30 @@ def introduce(model: Any, checkpoint: RunCheckpoint) -> list[str]:
     return lines
 
 
-def padding(model: Any) -> str | None:
-    """A line on how many images were padded to the size of an exported file, if any were.
+def padding_line(model: Any) -> str | None:
+    """A line for the user about the images that an exported backbone padded; None for none.
 
-    The padding takes part in the convolutions and in what attends to the whole image, so results
-    differ from those of the network.
+    To be called in every process of a distributed test, whose counts it adds up.
+
+    Args:
+        model: Detector or segmentor, possibly wrapped, with any backbone.
     """
-    backbone = model.backbone
-    if not backbone.padded:
+    backbone = getattr(getattr(model, 'module', model), 'backbone', None)
+    if not isinstance(backbone, ExportedBackbone):
         return None
-    files = ', '.join(f'{count} to the size of {path}' for path, count in backbone.padded.items())
+    everywhere = all_gather_object((backbone.counts.images, backbone.counts.padded))
+    images = sum(count for count, _ in everywhere)
+    padded = sum((counts for _, counts in everywhere), Counter[int]())
+    if not padded:
+        return None
+    files = ', '.join(
+        f'{count} to {shown_shape(artifact.input_shape[2:])} by {artifact.path}'
+        for artifact, count in ((backbone.artifacts[i], padded[i]) for i in sorted(padded))
+    )
     return (
-        f'warning: {backbone.padded.total()} of {backbone.seen} images were padded ({files}), '
-        'which changes their features; export a file of their own size, or with --dynamic hw.'
+        f'warning: {padded.total()} of {images} images were padded to the size of a file ({files}),'
+        ' which changes their features near the edge; export with --dynamic hw, or files of their '
+        'sizes.'
     )
 
 

@@ -73,17 +73,15 @@ class Artifact(ABC):
     def run(self, images: np.ndarray | Tensor) -> list[np.ndarray]:
         """`(N, 3, H, W)` float32, normalised, to one float32 `(N, C_i, H_i, W_i)` per output.
 
+        Images of other floating types and of any strides are converted first. Not every runtime
+        checks what it is given: machine code of AOTInductor computes garbage, or crashes.
+
         Raises:
-            ArtifactError: The file does not accept this shape, or its runtime fails on it.
+            ArtifactError: The file does not accept this shape or type, or its runtime fails.
         """
-        batch = images.detach().cpu().numpy() if isinstance(images, Tensor) else images
-        if not self.takes(batch.shape):
-            raise ArtifactError(
-                f'{self.path} requires images of shape {shown_shape(self.input_shape)}, '
-                f'not {shown_shape(batch.shape)}.'
-            )
+        batch = self._checked(images)
         try:
-            outputs = self.infer(np.ascontiguousarray(batch, dtype=np.float32))
+            outputs = self.infer(batch)
         except Exception as error:
             raise ArtifactError(
                 f'{self.path} failed in {self.runtime} on images of shape '
@@ -91,15 +89,52 @@ class Artifact(ABC):
             ) from error
         return [np.asarray(output, dtype=np.float32) for output in outputs]
 
+    def _checked(self, images: np.ndarray | Tensor) -> np.ndarray:
+        """Images as every runtime takes them: of an accepted shape, float32 and contiguous."""
+        if isinstance(images, Tensor):
+            images = images.detach().cpu()
+            # NumPy has no bfloat16.
+            images = (images.float() if images.is_floating_point() else images).numpy()
+        images = np.asarray(images)
+        if not self.takes(images.shape):
+            raise ArtifactError(
+                f'{self.path} requires images of shape {self.shown_input()}, '
+                f'not {shown_shape(images.shape)}.'
+            )
+        raw = bool(self.metadata.get('preprocess'))
+        if not (np.issubdtype(images.dtype, np.floating) or (raw and images.dtype == np.uint8)):
+            raise ArtifactError(
+                f'{self.path} requires {"images as loaded" if raw else "normalised images"} in '
+                f'float32{" or uint8" if raw else ""}, not {images.dtype}.'
+            )
+        return np.ascontiguousarray(images, dtype=np.float32)
+
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether images of this shape can be run."""
-        return len(shape) == len(self.input_shape) and all(
-            own in (None, given) for own, given in zip(self.input_shape, shape)
+        return (
+            len(shape) == len(self.input_shape)
+            and all(own in (None, given) for own, given in zip(self.input_shape, shape))
+            and shape[0] > 0
+            and min(shape[2:]) >= self.least_side
         )
+
+    @property
+    def least_side(self) -> int:
+        """The smallest height and width that the network can compute."""
+        return self.metadata.get('least_side', 1)
+
+    def shown_input(self) -> str:
+        """The shapes that can be run, as text."""
+        least = f', of at least {self.least_side} pixels each way' if self.least_side > 1 else ''
+        return f'{shown_shape(self.input_shape)}{least}'
 
     @abstractmethod
     def close(self) -> None:
         """Free the runtime's memory and threads; the artifact cannot be run any more."""
+
+    def __deepcopy__(self, memo: dict) -> Artifact:
+        """Itself: copies of a model, as of an average of its weights, share what is open."""
+        return self
 
     def __enter__(self) -> Artifact:
         return self

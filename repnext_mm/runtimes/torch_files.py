@@ -70,7 +70,10 @@ class ExportedProgramArtifact(TorchArtifact):
 
 
 class AOTInductorArtifact(TorchArtifact):
-    """Machine code that AOTInductor compiled for one kind of processor."""
+    """Machine code that AOTInductor compiled for one kind of processor.
+
+    It checks nothing of its input: what it was compiled for is known from its metadata alone.
+    """
 
     runtime = 'aotinductor'
     program = 'machine code'
@@ -83,10 +86,10 @@ class AOTInductorArtifact(TorchArtifact):
         self.device = properties['AOTI_DEVICE_KEY']
         self.module = package
         self.metadata = read_metadata(self, properties)
-        if not self.metadata.get('size'):
+        if 'size' not in self.metadata:
             raise ArtifactError(
-                f'{self.path} does not say for which size it was compiled, and computes garbage '
-                'from others; give a package that tools/deploy.py wrote.'
+                f'{self.path} does not say for which images it was compiled, and computes garbage '
+                'for others; give a package that repnext-mm deploy wrote.'
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...datasets.images import ImageHeader, ImageTooLarge, decoded_size, describe, is_dark
+from ...datasets.images import ImageHeader, decoded_size, describe, is_dark, require_bounded
 from .findings import Finding, error, some, warning
 from .sources import spread
 
@@ -129,13 +129,8 @@ def _load_image(pixels: Pixels, info: dict[str, Any], load: Any) -> dict[str, An
 
 def _refuse_too_large(path: Path) -> None:
     """Raise ImageTooLarge; what is no regular file is left to the pipeline's own backend."""
-    try:
-        if path.is_file():
-            describe(path)
-    except ImageTooLarge:
-        raise
-    except ValueError:
-        pass
+    if path.is_file():
+        require_bounded(path)
 
 
 def _check_size(pixels: Pixels, info: dict[str, Any], results: dict[str, Any]) -> bool:
@@ -261,6 +256,8 @@ def _load_annotations(
             )
             return False
     try:
+        if labels := info.get('seg_map_path'):
+            _refuse_too_large(Path(labels))
         results.update(load(results))
     except Exception as failure:
         path = info.get('seg_map_path')
