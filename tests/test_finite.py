@@ -118,6 +118,15 @@ def test_what_is_no_number_is_not_saved(hook: str, value: float, tmp_path: Path)
     assert first_non_finite(content) is None
 
 
+def test_the_checkpoint_hook_alone_saves_nothing_broken(tmp_path: Path) -> None:
+    """As in mm's own tools, which run our configs without the hook that looks at the loss."""
+    runner = run(tmp_path, [1.0] * 4, average={4: float('nan')})
+    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, StopAtNonFiniteLoss)]
+    with pytest.raises(UserError, match=r'average .*iteration 4'):
+        runner.train()
+    assert kept(tmp_path) == ['iter_2.pth']
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the scaler is that of the GPU there')
 def test_a_loss_scaler_may_leave_out_a_few_steps(tmp_path: Path) -> None:
     once = [1.0, float('inf'), 1.0, 1.0]
