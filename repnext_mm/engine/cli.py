@@ -329,7 +329,7 @@ def _test_in_folder(
     if note := padding_line(runner.model):
         _say(note)
 
-    arguments = [_shown(dumped_config(runner)), _shown(args.checkpoint)]
+    arguments = [_shown(dumped_config(runner)), _shown(checkpoint.path)]  # an address is fetched
     results = _shown(Path(runner.log_dir, f'{runner.timestamp}.json'))
     if args.show_dir:
         wrote, following = f'{results} and pictures under {_shown(args.show_dir)}.', 'Again'
