@@ -88,7 +88,7 @@ def assert_computed(artifact: Artifact, images: Any, plain: Tensor, tolerance: f
 def test_strides_types_and_shapes(name: str, written: Callable[[str], Path]) -> None:
     plain = torch.randn(1, 3, *SIZE)
     wide = plain.repeat_interleave(2, dim=3)
-    with open_artifact(written(name, trust=True), threads=1) as artifact:
+    with open_artifact(written(name), threads=1, trust=True) as artifact:
         for same in (
             plain.contiguous(memory_format=torch.channels_last),
             wide[..., ::2],
@@ -136,7 +136,7 @@ def test_packages_that_do_not_say_what_they_were_compiled_for(
     written: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The package itself checks nothing, and says so."""
-    with open_artifact(written('a.aoti.pt2', trust=True)) as artifact:
+    with open_artifact(written('a.aoti.pt2'), trust=True) as artifact:
         assert 'AOTI_RUNTIME_CHECK_INPUTS=1' in artifact.metadata['unchecked']
         silent = artifact.module(torch.zeros(1, 3, 64, 64))
         assert [tuple(stage.shape[2:]) for stage in silent] == [(8, 16), (4, 8)]
