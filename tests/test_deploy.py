@@ -149,7 +149,7 @@ def test_a_folder_grows(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     report = json.loads((copy / 'report.json').read_text())
     assert [a['format'] for a in report['artifacts']] == ['torchscript', 'pth', 'onnx']
     assert {row['format'] for row in report['parity']} == {'torchscript', 'pth', 'onnx'}
-    assert deploy('check', copy) == 0
+    assert deploy('check', copy, '--trust') == 0
 
 
 def test_nothing_is_replaced_unasked(

@@ -44,6 +44,10 @@ STAMP = r'\d\d/\d\d \d\d:\d\d:\d\d - mmengine - '
 #: Every kind of line that a training prints.
 EXPECTED = (
     r'No GPU \(.+\): running on the CPU with .+',
+    r'Data +Data set +Images .+',
+    r'(?:train|val) +\w+ +\d.+',
+    r'(?:train|val): (?:objects|pixels) .+',
+    r'schedule: .+',
     STAMP + r'INFO - Checkpoints will be saved to .+',
     STAMP + r'INFO - (?:Epoch|Iter)\(train\) .+ loss: .+',
     STAMP + r'INFO - Saving checkpoint at \d+ (?:epochs|iterations)',

@@ -28,8 +28,6 @@ WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 256, 257, 258, 262, 274
 #: Values of 16 bits that stay below a quarter of the highest come from a sensor of fewer bits.
 HIGHEST, LEAST_USED = 65535, 1 << 14
 MOST_DECODED = 8
-#: 8 bits of an image of 16 stay below this if it uses at most 12 of them.
-DARK = 17
 #: What a folder of images may contain.
 IMAGE_SUFFIXES = (
     *('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'),
@@ -66,11 +64,6 @@ def decoded_size(header: ImageHeader) -> tuple[int, int]:
     """Height and width after the image is turned as its EXIF orientation says."""
     size = (header.height, header.width)
     return size[::-1] if header.exif_orientation >= 5 else size
-
-
-def is_dark(header: ImageHeader, image: np.ndarray) -> bool:
-    """Whether an image of 16 bits uses so few of them that it is nearly black as mm loads it."""
-    return header.bits == 16 and image.dtype == np.uint8 and 0 < int(image.max()) < DARK
 
 
 def describe(path: str | Path) -> ImageHeader:

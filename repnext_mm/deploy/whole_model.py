@@ -19,6 +19,8 @@ from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..engine.cli import import_framework
 from ..engine.config_file import load_config
 from ..engine.errors import UserError
+from ..engine.preflight import check_config, require
+from ..engine.preflight.model import check_model
 from ..engine.resume import require_fit
 from ..engine.stored import config_classes, require_classes
 from ..measure.artifacts import SCHEDULE
@@ -177,10 +179,13 @@ def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, RunCheckpoint]:
         backbone.init_cfg = None
     if 'pretrained' in settings:
         settings.pretrained = None
+    require(check_config(cfg))
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = revert_sync_batchnorm(MODELS.build(settings))
+    classes = config_classes(cfg)
     require_fit(model, trained.content, checkpoint)
-    require_classes(trained.content, config_classes(cfg), checkpoint)
+    require_classes(trained.content, classes, checkpoint)
+    require(check_model(model, classes))
     state = trained.content.get('state_dict', trained.content)
     model.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()}, strict=False)
     return model.eval(), trained

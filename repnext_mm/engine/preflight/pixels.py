@@ -6,13 +6,20 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...datasets.images import ImageHeader, decoded_size, describe, is_dark, require_bounded
+from ...datasets.images import (
+    ImageHeader,
+    decoded_size,
+    describe,
+    require_bounded,
+    unused_depth,
+)
 from .findings import Finding, error, some, warning
 from .sources import spread
 
@@ -62,7 +69,6 @@ def check_pixels(
     if local:
         _check_headers(pixels, infos, load_image)
     counts = np.zeros(len(classes) or 256, np.int64)
-    dark: list[str] = []
     start = time.monotonic()
     sample = spread(infos, SAMPLED)
     for info in sample:
@@ -71,8 +77,6 @@ def check_pixels(
         results = _load_image(pixels, info, load_image)
         if results is None:
             return pixels
-        if local and _reads_dark(info, results['img']):
-            dark.append(str(info['img_path']))
         if not _check_size(pixels, info, results):
             return pixels
         if load_annotations is not None and not _load_annotations(
@@ -82,14 +86,10 @@ def check_pixels(
         labels = results.get('gt_seg_map')
         if labels is not None and not _count(pixels, dataset, info, results, classes, counts):
             return pixels
-    if dark:
-        pixels.findings.append(
-            warning(
-                f'{len(dark)} of {pixels.images} images that were read have 16 bits of which the '
-                f'upper ones are empty, so mm reads them as nearly black, the first is {dark[0]}; '
-                'scale their values to the full range.'
-            )
-        )
+    if local:
+        with suppress(ValueError):  # what cannot be read has been said
+            if note := unused_depth(info['img_path'] for info in sample):
+                pixels.findings.append(warning(note))
     if pixels.maps:
         if load_annotations is not None and np.count_nonzero(counts) <= 1:
             _read_more(pixels, split, dataset, infos, load_annotations, classes, counts)
@@ -220,14 +220,6 @@ def _all_over(items: Sequence[Any]) -> Iterator[Any]:
                 seen.add(index)
                 yield items[index]
         step //= 2
-
-
-def _reads_dark(info: dict[str, Any], image: np.ndarray) -> bool:
-    try:
-        header = describe(Path(info['img_path']))
-    except (OSError, ValueError):
-        return False
-    return is_dark(header, image)
 
 
 def _load_annotations(
