@@ -31,6 +31,8 @@ def test_report_of_good_data(task: str, shapes: Path, tmp_path: Path) -> None:
         ('val', 2),
     ]
     assert all(part['classes'] for part in content['data'])
+    assert content['data'][0]['batch_size'] == 4
+    assert f'Wrote {report.relative_to(tmp_path)}.' in done.stdout
     assert 'AdamW' in content['schedule']
     for part in content['data']:
         assert any(

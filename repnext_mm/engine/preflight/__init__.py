@@ -22,7 +22,7 @@ from .built import Summary, check_dataset, classes_of, kept_random_state, leaf_d
 from .findings import Finding, error, some
 from .keywords import check_keywords
 from .model import check_architecture, check_model
-from .report import loop_of, show, write_report
+from .report import batch_size_of, loop_of, show, write_report
 from .sources import Sources, check_sources
 
 __all__ = ['Finding', 'Sources', 'check_config', 'check_sources', 'preflight', 'require']
@@ -44,6 +44,7 @@ def require(findings: Iterable[Finding], report: Path | None = None) -> None:
     if errors:
         if report is not None:
             write_report(report, (), findings, None)
+            print(f'Wrote {report}.', flush=True)
         raise UserError(errors[0])
 
 
@@ -84,6 +85,7 @@ def preflight(
     show(summaries, runner)
     if report is not None:
         write_report(report, summaries, [*sources.findings, *found], runner)
+        print(f'Wrote {report}.', flush=True)
     require(found)
 
 
@@ -93,7 +95,7 @@ def _check_model(runner: Runner, loops: Mapping[str, BaseLoop]) -> list[Finding]
     if loop is None:
         return []
     dataset = loop.dataloader.dataset
-    batch_size = getattr(loop.dataloader, 'batch_size', None) if split == 'train' else None
+    batch_size = batch_size_of(loop.dataloader) if split == 'train' else None
     crop = None
     if batch_size == 1 and len(dataset):
         with kept_random_state(), suppress(Exception):  # that it fails is said for the data

@@ -95,8 +95,14 @@ def loop_of(runner: Runner, split: str) -> BaseLoop | None:
 
 def _batch(runner: Runner, split: str) -> int:
     loop = loop_of(runner, split)
-    batch = getattr(loop.dataloader, 'batch_size', None) if loop is not None else None
+    batch = batch_size_of(loop.dataloader) if loop is not None else None
     return (batch or 1) * runner.world_size
+
+
+def batch_size_of(dataloader: Any) -> int | None:
+    """Images of a batch in one process; those of the sampler of batches, if there is one."""
+    own = getattr(dataloader, 'batch_size', None)
+    return own or getattr(getattr(dataloader, 'batch_sampler', None), 'batch_size', None)
 
 
 def schedule(runner: Runner) -> str:
