@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -469,6 +470,17 @@ def test_image_of_gigabytes_in_kilobytes(own: Path) -> None:
     change_json(own, change)
     findings, _, _ = look(config('det', own))
     said(findings, 'error', path)
+
+
+@pytest.mark.parametrize(
+    'task, part', [('det', 'coco/train2017'), ('seg', 'ade/annotations/training')]
+)
+def test_pipes_in_place_of_files_are_not_waited_for(task: str, part: str, own: Path) -> None:
+    path = sorted((own / part).iterdir())[0]
+    path.unlink()
+    os.mkfifo(path)
+    findings, _, _ = look(config(task, own))
+    said(findings, 'error', path, 'regular file')
 
 
 # --- label maps

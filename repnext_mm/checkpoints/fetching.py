@@ -72,6 +72,9 @@ def _not_found(text: str, path: Path) -> str:
     name = strip_suffix(path.name)
     if name != path.name or len(path.parts) > 1:
         hint = f'; checkpoint={name!r} downloads it' if name in PUBLISHED else ''
+        beside = sorted(path.parent.glob('*.pth'), key=lambda p: p.stat().st_mtime)
+        if beside and not hint:  # a run keeps its last checkpoints only
+            hint = f'; the newest in its folder is {beside[-1].name}'
         return f'there is no file {str(path.absolute())!r}{hint}.'
     likely = PUBLISHED[closest(text.lower(), PUBLISHED, cutoff=0) or '']
     return (

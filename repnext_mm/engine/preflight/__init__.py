@@ -57,7 +57,6 @@ def preflight(
     runner: Runner,
     splits: Sequence[str],
     sources: Sources,
-    findings: Iterable[Finding] = (),
     report: Path | None = None,
 ) -> None:
     """Check the built data sets of `splits`, print a short table, and stop at what is wrong.
@@ -66,7 +65,6 @@ def preflight(
         runner: The runner; its loops of `splits` are built here, as `train` and `test` would.
         splits: Of 'train', 'val' and 'test'.
         sources: What `check_sources` found, and `require` has said.
-        findings: What other checks found, to be said together.
         report: Where to write everything as JSON.
 
     Raises:
@@ -77,7 +75,6 @@ def preflight(
     for split, loop in loops.items():
         summaries += check_dataset(split, loop.dataloader.dataset, sources)
     found = [
-        *findings,
         *_check_model(runner, loops),
         *(finding for summary in summaries for finding in summary.findings),
         *_compare_classes({s: loop.dataloader.dataset for s, loop in loops.items()}),

@@ -67,14 +67,16 @@ def read_coco(path: Path, images_dir: Path, *, without_annotations: bool = False
     Raises:
         UserError: It is not a COCO annotation file, or misses what nobody can complete.
     """
-    file = CocoFile(path, _load(path, without_annotations))
+    content, said = _load(path, without_annotations)
+    file = CocoFile(path, content, [said] if said else [])
     _complete_categories(file)
     _complete_images(file, images_dir)
     _complete_annotations(file)
     return file
 
 
-def _load(path: Path, without_annotations: bool) -> dict[str, Any]:
+def _load(path: Path, without_annotations: bool) -> tuple[dict[str, Any], str | None]:
+    """The content, and what had to be understood to read it."""
     try:
         text, said = read_text(path)
         content = json.loads(text)
@@ -100,9 +102,7 @@ def _load(path: Path, without_annotations: bool) -> dict[str, Any]:
         for number, item in enumerate(content[key]):
             if not isinstance(item, dict):
                 raise _bad(path, f'{key}[{number}] is {_shown(item)}', 'an object with fields')
-    if said:
-        content = {**content, '_completed': said}
-    return content
+    return content, said
 
 
 def _bad(path: Path, what: str, expected: str, fix: str = 'correct the file') -> UserError:
@@ -176,8 +176,6 @@ def _require_unique(file: CocoFile, key: str, values: Sequence[Any], name: str) 
 
 
 def _complete_categories(file: CocoFile) -> None:
-    if said := file.content.pop('_completed', None):
-        file.completed.append(said)
     _require_unique(file, 'categories', _complete_integers(file, 'categories', 'id'), 'id')
     for number, category in enumerate(file.content['categories']):
         name = category.get('name')

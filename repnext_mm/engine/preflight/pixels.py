@@ -20,6 +20,7 @@ from ...datasets.images import (
     require_bounded,
     unused_depth,
 )
+from ...files import require_regular
 from .findings import Finding, error, some, warning
 from .sources import spread
 
@@ -109,7 +110,7 @@ def _load_image(pixels: Pixels, info: dict[str, Any], load: Any) -> dict[str, An
     reason = ''
     results = None
     try:
-        _refuse_too_large(path)
+        _refuse_hostile(path)
         results = load(copy.deepcopy(info))
     except Exception as failure:
         reason = f' ({" ".join(str(failure).split())[:200]})'
@@ -127,10 +128,13 @@ def _load_image(pixels: Pixels, info: dict[str, Any], load: Any) -> dict[str, An
     return results
 
 
-def _refuse_too_large(path: Path) -> None:
-    """Raise ImageTooLarge; what is no regular file is left to the pipeline's own backend."""
-    if path.is_file():
-        require_bounded(path)
+def _refuse_hostile(path: Path) -> None:
+    """Raise a ValueError for what would block or not fit into memory.
+
+    What is not on this disk is left to the pipeline's own backend.
+    """
+    if path.exists():
+        require_bounded(require_regular(path))
 
 
 def _check_size(pixels: Pixels, info: dict[str, Any], results: dict[str, Any]) -> bool:
@@ -249,7 +253,7 @@ def _load_annotations(
             return False
     try:
         if labels := info.get('seg_map_path'):
-            _refuse_too_large(Path(labels))
+            _refuse_hostile(Path(labels))
         results.update(load(results))
     except Exception as failure:
         path = info.get('seg_map_path')

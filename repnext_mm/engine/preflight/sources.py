@@ -17,7 +17,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from ...files import write_text
+from ...files import require_regular, write_text
 from ...program import command
 from ..errors import UserError
 from .coco import CocoFile, Kept, check_masks, check_order, count_kept, read_coco
@@ -234,8 +234,8 @@ def _check_xml_names(leaf: _Leaf, files: Sequence[Path], sources: Sources) -> No
     where: dict[str, Path] = {}
     for path in spread(files, 2000):
         try:
-            root = ElementTree.parse(path).getroot()
-        except (OSError, ElementTree.ParseError) as reason:
+            root = ElementTree.parse(require_regular(path)).getroot()
+        except (OSError, ValueError, ElementTree.ParseError) as reason:
             raise UserError(f'the annotation file {path} cannot be read ({reason}).') from reason
         for item in root.findall('object'):
             name = item.findtext('name') or ''
