@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exports
 import numpy as np
 import pytest
 import torch
@@ -15,30 +16,14 @@ from networks import tiny
 from torch import Tensor
 
 from repnext_mm import reparameterize
-from repnext_mm.deploy.exporters import (
-    Job,
-    export_aoti,
-    export_onnx,
-    export_openvino,
-    export_pt2,
-    export_pth,
-    export_torchscript,
-)
-from repnext_mm.engine.quiet import muffled
+from repnext_mm.deploy.job import Job
 from repnext_mm.runtimes import Artifact, ArtifactError, open_artifact
 
 pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
 pytest.importorskip('openvino', reason='needs the extra deploy: openvino')
 
 SIZE = (32, 64)
-EXPORTERS = {
-    'a.onnx': export_onnx,
-    'a_openvino': export_openvino,
-    'a.pt2': export_pt2,
-    'a.torchscript': export_torchscript,
-    'a.pth': export_pth,
-    'a.aoti.pt2': export_aoti,
-}
+FILES = ('a.onnx', 'a_openvino', 'a.pt2', 'a.torchscript', 'a.pth', 'a.aoti.pt2')
 
 
 def job(network: str = 'repnext_m', dynamic: str = 'none', **metadata: Any) -> Job:
@@ -54,7 +39,7 @@ def job(network: str = 'repnext_m', dynamic: str = 'none', **metadata: Any) -> J
         least_side=backbone.least_side,
         dtype='fp32',
     )
-    return Job(backbone, SIZE, ('stage0', 'stage1'), record | metadata, dynamic=dynamic)
+    return exports.job(backbone, SIZE, record | metadata, dynamic=dynamic)
 
 
 @pytest.fixture(scope='module')
@@ -63,11 +48,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp('artifacts')
 
     def write(name: str) -> Path:
-        if EXPORTERS[name] is export_aoti and (problem := inductor_problem()):
+        if name == 'a.aoti.pt2' and (problem := inductor_problem()):
             pytest.skip(problem)
         if not (folder / name).exists():
-            with muffled():
-                EXPORTERS[name](job(), folder / name)
+            exports.write(job(), folder / name)
         return folder / name
 
     return write
@@ -75,7 +59,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def assert_computed(artifact: Artifact, images: Any, plain: Tensor, tolerance: float) -> None:
     with torch.no_grad():
-        expected = job().model(plain)
+        expected = job().target.model(plain)
     for found, wanted in zip(artifact.run(images), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), rtol=tolerance, atol=tolerance)
 
@@ -83,7 +67,7 @@ def assert_computed(artifact: Artifact, images: Any, plain: Tensor, tolerance: f
 @pytest.mark.parametrize(
     'name',
     # The last is compiled for half a minute.
-    [pytest.param(n, marks=pytest.mark.slow) if n == 'a.aoti.pt2' else n for n in EXPORTERS],
+    [pytest.param(n, marks=pytest.mark.slow) if n == 'a.aoti.pt2' else n for n in FILES],
 )
 def test_strides_types_and_shapes(name: str, written: Callable[[str], Path]) -> None:
     plain = torch.randn(1, 3, *SIZE)
@@ -115,7 +99,7 @@ def test_strides_types_and_shapes(name: str, written: Callable[[str], Path]) -> 
 
 
 def test_smaller_than_the_network_can_compute(tmp_path: Path) -> None:
-    export_onnx(job('inception_next', 'hw'), tmp_path / 'a.onnx')
+    exports.write(job('inception_next', 'hw'), tmp_path / 'a.onnx')
     with open_artifact(tmp_path / 'a.onnx', threads=1, trust=True) as artifact:
         assert artifact.run(torch.zeros(1, 3, 8, 9))[1].shape[2:] == (1, 1)
         with pytest.raises(ArtifactError, match=r'at least 8 pixels .*not \(1, 3, 7, 64\)'):
@@ -123,7 +107,7 @@ def test_smaller_than_the_network_can_compute(tmp_path: Path) -> None:
 
 
 def test_images_as_loaded_may_be_bytes(tmp_path: Path) -> None:
-    export_onnx(job(preprocess={'mean': [0, 0, 0]}), tmp_path / 'a.onnx')
+    exports.write(job(preprocess={'mean': [0, 0, 0]}), tmp_path / 'a.onnx')
     images = torch.randint(0, 256, (1, 3, *SIZE), dtype=torch.uint8)
     with open_artifact(tmp_path / 'a.onnx', threads=1, trust=True) as artifact:
         assert_computed(artifact, images, images.float(), 1e-3)
@@ -142,23 +126,21 @@ def test_packages_that_do_not_say_what_they_were_compiled_for(
         assert [tuple(stage.shape[2:]) for stage in silent] == [(8, 16), (4, 8)]
     nameless = job()
     nameless.metadata.clear()
-    with muffled():
-        export_aoti(nameless, tmp_path / 'b.pt2')
-    with pytest.raises(ArtifactError, match=r'b\.pt2 does not say for which images'):
+    exports.write(nameless, tmp_path / 'b.aoti.pt2')
+    with pytest.raises(ArtifactError, match=r'b\.aoti\.pt2 does not say for which images'):
         open_artifact(tmp_path / 'b.pt2', trust=True)
 
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc of Linux')
 def test_openvino_does_not_keep_something_of_every_size(tmp_path: Path) -> None:
-    with muffled():
-        export_openvino(job(dynamic='hw'), tmp_path / 'a')
+    exports.write(job(dynamic='hw'), tmp_path / 'a_openvino')
 
     def resident() -> float:
         return (
             int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
         )
 
-    with open_artifact(tmp_path / 'a', threads=1, trust=True) as artifact:
+    with open_artifact(tmp_path / 'a_openvino', threads=1, trust=True) as artifact:
         artifact.run(torch.zeros(1, 3, 96, 256))
         grown = []
         for start in (0, 100):

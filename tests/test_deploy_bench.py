@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import TextIO
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from repnext_mm.deploy import bench
 from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.explain import explain, kind_of
 from repnext_mm.deploy.formats import FORMATS
-from repnext_mm.deploy.report import Report
+from repnext_mm.deploy.report import ArtifactRecord, ModelRecord, PlanRecord, Report
 from repnext_mm.measure import Comparison, Floor, Ratio, Samples, Schedule, artifacts, environment
 from repnext_mm.measure.artifacts import (
     BASELINE,
@@ -42,18 +42,34 @@ QUICK = Schedule(rounds=2, round_s=1e-3, warmup_cap_s=0.05, budget_s=1.0)
 HERE = ('pth', 'pt2', 'onnx', 'openvino', 'torchscript')
 
 
-def record(name: str, plan: str, dtype: str = 'fp32') -> dict[str, Any]:
+def record(name: str, plan: str, dtype: str = 'fp32') -> ArtifactRecord:
     """An entry of report.json's `artifacts`."""
     metadata = {'family': 'RepNeXt', 'arch': TINY, 'out_indices': [0, 3], 'plan': plan, 'batch': 1}
-    return {
-        'format': name,
-        'path': f'{plan}{FORMATS[name].suffix}',
-        'dtype': dtype,
-        'status': 'ok',
-        'size': list(SHAPE[2:]),
-        'metadata': metadata,
-        'bytes': 1,
-    }
+    return ArtifactRecord(
+        format=name,
+        path=f'{plan}{FORMATS[name].suffix}',
+        golden='golden.npz',
+        status='ok',
+        sha256='',
+        bytes=1,
+        opset=None,
+        dtype=dtype,
+        plan=plan,
+        why='',
+        size=list(SHAPE[2:]),
+        batch=1,
+        dynamic='none',
+        inputs=['image'],
+        outputs=['stage0', 'stage3'],
+        operations={},
+        bn_left=0,
+        convs=0,
+        metadata=metadata,
+        quantization=None,
+        metric=None,
+        tolerance={},
+        seconds=0.0,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -105,8 +121,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope='module')
 def report(folder: Path) -> Report:
     """A report with two artifacts, timed."""
-    report = Report.start(folder, MODEL, [PLAN])
-    report.data['artifacts'] = [record('onnx', 'full'), record('openvino', 'full')]
+    report = Report(folder, MODEL, [PLAN])
+    report.artifacts = [record('onnx', 'full'), record('openvino', 'full')]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, 'Worker', WorkerHere)
         [measured] = bench.bench_report(report, threads=1, compiled=False, schedule=QUICK)
@@ -114,10 +130,25 @@ def report(folder: Path) -> Report:
     return report
 
 
-MODEL = dict(name='tiny', arch='tiny', weights_source='random', checkpoint=None, params=1, macs=1,
-             size=SHAPE[2:])  # fmt: skip
+MODEL = ModelRecord(
+    name='tiny',
+    task='backbone',
+    scope='backbone',
+    family='RepNeXt',
+    arch='tiny',
+    config=None,
+    checkpoint=None,
+    checkpoint_sha256=None,
+    container='',
+    weights_source='random',
+    seed=0,
+    params=1,
+    macs=1,
+    size=list(SHAPE[2:]),
+    details={},
+)
 LOAD = dict(headline=True, reason=None)
-PLAN = dict(name='full', convs_before=1, convs_after=1, bn_left=0, why='a test')
+PLAN = PlanRecord('full', [], [], bn_left=0, convs_before=1, convs_after=1)
 
 
 # --- workers
@@ -169,7 +200,7 @@ def test_the_end_of_a_worker_is_an_error_and_not_a_wait() -> None:
 
 
 def test_every_artifact_is_compared_with_upstream_in_its_runtime(report: Report) -> None:
-    rows = {row['name']: row for row in report.data['latency']}
+    rows = {row['name']: row for row in report.latency}
     assert list(rows) == [
         'torch eager, upstream',
         'torch eager, full',
@@ -436,7 +467,7 @@ def test_wrong_inputs_are_told_in_one_sentence(
 
 
 def test_a_folder_without_anything_to_run_is_told(tmp_path: Path) -> None:
-    report = Report.start(tmp_path, MODEL, [PLAN])
+    report = Report(tmp_path, MODEL, [PLAN])
     with pytest.raises(BenchError, match='holds no artifact that can be run here'):
         bench.bench_report(report)
 

@@ -17,13 +17,15 @@ from torch import nn
 
 from repnext_mm import RecNeXt
 from repnext_mm.backbones.recnext import LinearAttention
-from repnext_mm.deploy import exporters, parity
+from repnext_mm.deploy import parity
 from repnext_mm.deploy.errors import ExportError, ParityError, SomeFailedError, UsageError
-from repnext_mm.deploy.exporters import Job, Preprocess
-from repnext_mm.deploy.formats import FORMATS
-from repnext_mm.deploy.pipeline import Export, Options
-from repnext_mm.deploy.report import Report
+from repnext_mm.deploy.formats import FORMATS, ONNX
+from repnext_mm.deploy.job import Job
+from repnext_mm.deploy.options import Options
+from repnext_mm.deploy.pipeline import Export
+from repnext_mm.deploy.report import ArtifactRecord, Report
 from repnext_mm.deploy.source import Source
+from repnext_mm.deploy.targets import BackboneTarget, Preprocess
 from repnext_mm.engine.quiet import muffled
 from repnext_mm.runtimes import open_artifact
 
@@ -41,19 +43,19 @@ def source(name: str, **kwargs: Any) -> Source:
 def export(
     model: Source, folder: Path, *formats: str, size: tuple[int, int] = (64, 64), **options: Any
 ) -> Report:
-    chosen = [(FORMATS[name], True) for name in formats]
-    run = Export(model, Options(chosen, sizes=[size], **options), folder, Console(quiet=True))
+    chosen = Options(format=','.join(formats), sizes=[size], **options)
+    run = Export(model, chosen, folder, Console(quiet=True))
     report = run.run()
     run.raise_failures()
     return report
 
 
-def artifacts(report: Report) -> dict[str, dict]:
-    return {record['format']: record for record in report.data['artifacts']}
+def artifacts(report: Report) -> dict[str, ArtifactRecord]:
+    return {record.format: record for record in report.artifacts}
 
 
 def opened(report: Report, name: str) -> Any:
-    path = FORMATS[name].file(report.folder / artifacts(report)[name]['path'])
+    path = FORMATS[name].file(report.folder / artifacts(report)[name].path)
     return open_artifact(path, trust=True)
 
 
@@ -77,9 +79,9 @@ def test_every_format(family: str, tmp_path: Path) -> None:
     assert set(found) == set(WRITTEN)
     assert_artifacts(report, model, family)
     # All graphs hold the same convolutions; weights are fewer where a recursion shares them.
-    counts = {name: record['convs'] for name, record in found.items() if name != 'pth'}
+    counts = {name: record.convs for name, record in found.items() if name != 'pth'}
     assert len(set(counts.values())) == 1, counts
-    assert_coreml(tmp_path / found['coreml']['path'], 'fp16', model)
+    assert_coreml(tmp_path / found['coreml'].path, 'fp16', model)
     assert (tmp_path / 'verify_on_mac.py').exists()
     assert json.loads((tmp_path / 'report.json').read_text())['status'] == 'ok'
 
@@ -99,11 +101,11 @@ def assert_artifacts(report: Report, model: Source, family: str) -> None:
     image = torch.randn(1, 3, 64, 64)
     found = artifacts(report)
     for name, record in found.items():
-        assert record['status'] == ('ok' if name in RUN_HERE else 'unverified'), name
-        assert record['bn_left'] == 0, name
-        assert not [op for op in record['operations'] if 'norm' in op.lower()], name
-        assert record['path'].startswith(f'{family}_64x64_b1_full_'), name
-        assert record['bytes'] > 10_000
+        assert record.status == ('ok' if name in RUN_HERE else 'unverified'), name
+        assert record.bn_left == 0, name
+        assert not [op for op in record.operations if 'norm' in op.lower()], name
+        assert record.path.startswith(f'{family}_64x64_b1_full_'), name
+        assert record.bytes > 10_000
         if name not in RUN_HERE:
             continue
         with opened(report, name) as artifact:
@@ -114,9 +116,9 @@ def assert_artifacts(report: Report, model: Source, family: str) -> None:
             if name != 'pth':
                 assert artifact.input_shape == (1, 3, 64, 64), name
             assert_equal(artifact.run(image), model.model, image)
-        rows = [row for row in report.data['parity'] if row['format'] == name]
-        assert [row['output'] for row in rows] == ['stage0', 'stage1', 'stage2', 'stage3']
-        assert all(row['pass'] and row['max_rel'] <= 1e-4 for row in rows)
+        rows = [row for row in report.parity if row.format == name]
+        assert [row.output for row in rows] == ['stage0', 'stage1', 'stage2', 'stage3']
+        assert all(row.passed and row.measures['max_rel'] <= 1e-4 for row in rows)
 
 
 def assert_coreml(path: Path, dtype: str, model: Source) -> None:
@@ -152,7 +154,7 @@ def assert_coreml(path: Path, dtype: str, model: Source) -> None:
 def test_coreml_in_float32(tmp_path: Path) -> None:
     model = source('repnext_m')
     report = export(model, tmp_path, 'coreml', dtype='fp32')
-    assert_coreml(tmp_path / artifacts(report)['coreml']['path'], 'fp32', model)
+    assert_coreml(tmp_path / artifacts(report)['coreml'].path, 'fp32', model)
 
 
 @pytest.mark.parametrize('dtype', ['fp16', 'bf16'])
@@ -165,8 +167,8 @@ def test_reduced_precision(dtype: str, tmp_path: Path) -> None:
         with opened(report, name) as artifact:
             outputs = artifact.run(torch.randn(1, 3, 64, 64))
         assert all(out.dtype == np.float32 for out in outputs)
-        rows = [row for row in report.data['parity'] if row['format'] == name]
-        assert all(low < row['sqnr_db'] < high for row in rows), (name, rows)
+        rows = [row for row in report.parity if row.format == name]
+        assert all(low < row.measures['sqnr_db'] < high for row in rows), (name, rows)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -175,8 +177,8 @@ def test_open_height_and_width(family: str, tmp_path: Path) -> None:
     names = ['onnx'] if family != 'recnext_m' else RUN_HERE_AT_ANY_SIZE
     report = export(model, tmp_path, *names, dynamic='hw')
     for name in names:
-        rows = [row for row in report.data['parity'] if row['format'] == name]
-        assert len({tuple(row['shape']) for row in rows if row['output'] == 'stage0'}) == 3
+        rows = [row for row in report.parity if row.format == name]
+        assert len({tuple(row.measures['shape']) for row in rows if row.output == 'stage0'}) == 3
         with opened(report, name) as artifact:
             assert artifact.input_shape[2:] == (None, None)
             for height, width in ((127, 66), (96, 251), (320, 192)):
@@ -210,7 +212,7 @@ def test_odd_size_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='--size 75: stride 32 leaves 11 px; use 64 or 96'):
         export(model, tmp_path, 'onnx', size=(75, 90))
     report = export(model, tmp_path, 'onnx', 'openvino', size=(75, 90), allow_odd=True)
-    assert {record['status'] for record in report.data['artifacts']} == {'ok'}
+    assert {record.status for record in report.artifacts} == {'ok'}
 
 
 @pytest.mark.parametrize('opset', [18, 20, 23])
@@ -218,13 +220,13 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
     import onnx
 
     model = source('repnext_m')
-    report = export(model, tmp_path, 'onnx', others=(('opset', opset),))
+    report = export(model, tmp_path, 'onnx', opset=opset)
     record = artifacts(report)['onnx']
-    graph = onnx.load(tmp_path / record['path'])
-    assert record['opset'] == opset
+    graph = onnx.load(tmp_path / record.path)
+    assert record.opset == opset
     assert next(o.version for o in graph.opset_import if o.domain == '') == opset
     # From 20 on, GELU is one operation.
-    assert ('Gelu' in record['operations']) == (opset >= 20)
+    assert ('Gelu' in record.operations) == (opset >= 20)
     assert not list(tmp_path.glob('*.data'))
 
 
@@ -235,8 +237,8 @@ def test_preprocessing_inside(tmp_path: Path) -> None:
     model = source('repnext_m')
     model.preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True, type='DetDataPreprocessor')
     with pytest.raises(UsageError, match='--preprocess embed is not possible for pth'):
-        export(model, tmp_path, 'onnx', 'pth', preprocess=True)
-    report = export(model, tmp_path, 'onnx', 'openvino', preprocess=True)
+        export(model, tmp_path, 'onnx', 'pth', preprocess='embed')
+    report = export(model, tmp_path, 'onnx', 'openvino', preprocess='embed')
     raw = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     normal = ImgDataPreprocessor(mean, std, bgr_to_rgb=True)({'inputs': [raw[0]]})['inputs']
     for name in ('onnx', 'openvino'):
@@ -270,41 +272,43 @@ def test_other_plans(plan: str, tmp_path: Path) -> None:
     model = source('repnext_m')
     report = export(model, tmp_path, 'onnx', plan=plan)
     record = artifacts(report)['onnx']
-    assert f'_{plan}_' in record['path']
+    assert f'_{plan}_' in record.path
     # Branches merged alone, each block and downsampling keeps the norm between its mixers.
-    (fused,) = report.data['plans']
-    assert fused['bn_left'] == (8 if plan == 'upstream' else 0)
-    warned = [text for text in report.data['warnings'] if 'is not exact' in text]
+    (fused,) = report.plans
+    assert fused.bn_left == (8 if plan == 'upstream' else 0)
+    warned = [text for text in report.warnings if 'is not exact' in text]
     assert len(warned) == (plan == 'single')
-    worst = max(stage['max_rel'] for stage in fused['proof_float64'])
+    worst = max(stage['max_rel'] for stage in fused.proof_float64)
     assert (worst > 1e-4) == (plan == 'single')
 
 
 # --- what must not get through
 
 
-def spoiled(job: Job, path: Path) -> None:
+class Spoiled(ONNX):
     """An exporter with a mistake in one weight of the last stage."""
-    broken = replace(job, model=copy.deepcopy(job.model), _programs={})
-    with torch.no_grad():
-        [m for m in broken.model.modules() if isinstance(m, nn.Conv2d)][-1].bias[0] += 0.05
-    exporters.export_onnx(broken, path)
+
+    def export(self, job: Job, path: Path) -> None:
+        broken = copy.deepcopy(job.target)
+        with torch.no_grad():
+            [m for m in broken.modules() if isinstance(m, nn.Conv2d)][-1].bias[0] += 0.05
+        super().export(replace(job, target=broken, _programs={}, _onnx={}), path)
 
 
 def test_a_wrong_artifact_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=spoiled))
-    with pytest.raises(ParityError, match=r'onnx differs from the network by .* of stage3'):
+    monkeypatch.setitem(FORMATS, 'onnx', Spoiled())
+    with pytest.raises(ParityError, match=r'onnx differs from the network in stage3: '):
         export(source('repnext_m'), tmp_path, 'onnx')
     (rejected,) = (tmp_path / 'rejected').iterdir()
     assert rejected.suffix == '.onnx'
     assert not list(tmp_path.glob('*.onnx'))
     report = Report.load(tmp_path)
-    assert report.data['status'] == 'failed'
-    assert [row['pass'] for row in report.data['parity']] == [True, True, True, False]
+    assert report.status == 'failed'
+    assert [row.passed for row in report.parity] == [True, True, True, False]
 
 
 def test_one_failure_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=spoiled))
+    monkeypatch.setitem(FORMATS, 'onnx', Spoiled())
     with pytest.raises(SomeFailedError, match='1 of 2 artifacts failed: onnx: ') as caught:
         export(source('repnext_m'), tmp_path, 'onnx', 'pth')
     assert caught.value.exit_code == 7
@@ -314,10 +318,12 @@ def test_one_failure_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_norm_that_was_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = source('repnext_m')
 
-    def unfused(job: Job, path: Path) -> None:
-        exporters.export_onnx(replace(job, model=model.model, _programs={}), path)
+    class Unfused(ONNX):
+        def export(self, job: Job, path: Path) -> None:
+            target = BackboneTarget(model.model)
+            super().export(replace(job, target=target, _programs={}, _onnx={}), path)
 
-    monkeypatch.setitem(FORMATS, 'onnx', replace(FORMATS['onnx'], export=unfused))
+    monkeypatch.setitem(FORMATS, 'onnx', Unfused())
     # torch.onnx folds what it can, so that not all of them are left.
     with pytest.raises(ExportError, match=r'onnx holds \d+ BatchNorm, though plan full leaves'):
         export(model, tmp_path, 'onnx')
@@ -342,11 +348,13 @@ def test_a_network_that_was_not_fused(family: str, tmp_path: Path) -> None:
 
 def test_compare_sees_every_kind_of_difference() -> None:
     want = np.random.default_rng(0).standard_normal((1, 2, 3, 3))
-    golden = parity.Golden(np.zeros((1, 3, 4, 4), np.float32), {'stage0': want})
+    golden = parity.Golden({'image': np.zeros((1, 3, 4, 4), np.float32)}, {'stage0': want})
     tolerance = parity.TOLERANCES['fp32']
 
     def passes(*outputs: np.ndarray) -> bool:
-        return all(row.passed for row in parity.compare(outputs, golden, tolerance))
+        named = dict(zip(['stage0'], outputs))
+        rows = parity.FeatureParity().compare(named, golden, tolerance, {})
+        return all(row.passed for row in rows)
 
     assert passes(want.astype(np.float32))
     one_wrong = want.copy()
@@ -359,10 +367,11 @@ def test_compare_sees_every_kind_of_difference() -> None:
 
 def test_golden_survives_a_file(tmp_path: Path) -> None:
     model = tiny('repnext_m').eval()
-    before = parity.golden(model, torch.randn(1, 3, 64, 64), ['a', 'b', 'c', 'd'])
+    inputs = {'image': torch.randn(1, 3, 64, 64)}
+    before = parity.FeatureParity().of(BackboneTarget(model), inputs)
     assert next(model.parameters()).dtype == torch.float32
     before.save(tmp_path / 'golden.npz')
     after = parity.Golden.load(tmp_path / 'golden.npz')
-    assert list(after.outputs) == ['a', 'b', 'c', 'd']
+    assert list(after.outputs) == ['stage0', 'stage1', 'stage2', 'stage3']
     assert all((after.outputs[k] == v).all() for k, v in before.outputs.items())
-    assert after.outputs['a'].dtype == np.float64
+    assert after.outputs['stage0'].dtype == np.float64

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import exports
 import numpy as np
 import pytest
 import tool_runs
@@ -25,7 +26,6 @@ from PIL import Image
 from torch import nn
 
 from repnext_mm import ExportedBackbone, reparameterize
-from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
 from repnext_mm.engine.exported_backbone import padding_line
 from repnext_mm.runtimes import METADATA_KEY, ArtifactError
 
@@ -46,14 +46,11 @@ def export(
         batch=options.get('batch', 1),
         weights='checkpoint',
     ) | options.pop('metadata', {})
-    job = Job(
-        reparameterize(backbone),
-        size,
-        tuple(f'stage{i}' for i in backbone.out_indices),
-        metadata | {'dynamic': options.get('dynamic', 'none')},
-        **options,
-    )
-    (export_onnx if path.suffix == '.onnx' else export_openvino)(job, path)
+    metadata['dynamic'] = options.get('dynamic', 'none')
+    suffix = '' if path.suffix == '.onnx' else '_openvino'
+    written = path.with_name(path.name.removesuffix('_openvino') + suffix)
+    exports.write(exports.job(reparameterize(backbone), size, metadata, **options), written)
+    written.rename(path)
     return path
 
 
@@ -405,7 +402,7 @@ def test_the_tool_says_it_in_one_sentence(
         (('--backbone', tmp_path / 'none.onnx'), r'there is no file .*none\.onnx'),
         (('--backbone', narrow), r'stages of 3 channels, and the FPN .* 8, 16, 32, 64;'),
         (('--backbone', fixed['small'], '--precision', 'bf16'), 'is a setting of OpenVINO'),
-        (('--precision', 'bf16'), 'name it by --backbone'),
+        (('--precision', 'bf16'), 'name it by --model or --backbone'),
     ):
         assert re.search(pattern, model.evaluate(*arguments).sentence)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cv2
+import exports
 import numpy as np
 import onnx
 import openvino
@@ -31,12 +32,10 @@ from repnext_mm.deploy import calibration
 from repnext_mm.deploy import quantize as quantizing
 from repnext_mm.deploy.calibration import calibration_images
 from repnext_mm.deploy.errors import ParityError, UsageError
-from repnext_mm.deploy.exporters import Job, export_onnx, export_openvino
 from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
 from repnext_mm.deploy.quantizers import quantizer_for
 from repnext_mm.deploy.source import load_source
 from repnext_mm.engine.cli import evaluate_main
-from repnext_mm.engine.quiet import muffled
 from repnext_mm.runtimes import open_artifact
 
 SIZE = (64, 64)
@@ -51,8 +50,8 @@ def _cpu_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
 #: Multiplied onto one channel, and divided out again by the layer after it.
 OUTLIER = 1e4
 BROKEN = 'stages.2.blocks.0.channel_mixer.0'
-FORMATS = {'onnx': (export_onnx, 'net.onnx'), 'openvino': (export_openvino, 'net_openvino')}
-runtimes = pytest.mark.parametrize('runtime', FORMATS)
+FILES = {'onnx': 'net.onnx', 'openvino': 'net_openvino'}
+runtimes = pytest.mark.parametrize('runtime', FILES)
 
 
 def fused() -> PyramidBackbone:
@@ -71,11 +70,9 @@ def with_outlier() -> PyramidBackbone:
 
 
 def export(model: PyramidBackbone, runtime: str, folder: Path) -> Path:
-    write, name = FORMATS[runtime]
     metadata = {'family': 'RepNeXt', 'dtype': 'fp32', 'out_indices': [0, 1, 2, 3]}
-    with muffled():
-        write(Job(model, SIZE, tuple(f'stage{i}' for i in range(4)), metadata), folder / name)
-    return folder / name
+    exports.write(exports.job(model, SIZE, metadata), folder / FILES[runtime])
+    return folder / FILES[runtime]
 
 
 @pytest.fixture(scope='module')

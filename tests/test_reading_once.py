@@ -108,6 +108,7 @@ def test_checkpoints_of_runs(model: Trained, tmp_path: Path) -> None:
         assert model.evaluate().metric > 0
     folder = tmp_path / 'out'
     options = ['--format', 'pth', '--size', '64', '--work-dir', str(folder), '--parity', 'off']
+    options += ['--scope', 'backbone']
     assert deploy_main([str(model.config), str(model.checkpoint), *options]) == 0
     [artifact] = folder.glob('*.pth')
     with opened_once(model.checkpoint):

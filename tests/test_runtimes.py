@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exports
 import numpy as np
 import pytest
 import torch
@@ -19,15 +20,8 @@ from conftest import REPO
 from networks import tiny
 
 from repnext_mm import reparameterize
-from repnext_mm.deploy.exporters import (
-    Job,
-    export_onnx,
-    export_openvino,
-    export_pt2,
-    export_pth,
-    export_torchscript,
-)
-from repnext_mm.deploy.inspection import operations_pt2
+from repnext_mm.deploy.formats import FORMATS
+from repnext_mm.deploy.job import Job
 from repnext_mm.runtimes import Artifact, ArtifactError, open_artifact
 from repnext_mm.runtimes.programs import is_arithmetic
 
@@ -36,13 +30,7 @@ pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
 pytest.importorskip('openvino', reason='needs the extra deploy: openvino')
 
 SIZE = (64, 96)
-EXPORTERS = {
-    'm.onnx': export_onnx,
-    'm_openvino': export_openvino,
-    'm.pt2': export_pt2,
-    'm.torchscript': export_torchscript,
-    'm.pth': export_pth,
-}
+FILES = ('m.onnx', 'm_openvino', 'm.pt2', 'm.torchscript', 'm.pth')
 RUNTIMES = ('onnxruntime', 'openvino', 'torch.export', 'torchscript', 'torch')
 
 
@@ -58,7 +46,7 @@ def job(**options: Any) -> Job:
         dynamic=options.get('dynamic', 'none'),
         dtype=options.get('dtype', 'fp32'),
     )
-    return Job(backbone, SIZE, ('stage1', 'stage3'), metadata, **options)
+    return exports.job(backbone, SIZE, metadata, **options)
 
 
 @pytest.fixture(scope='module')
@@ -66,17 +54,17 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One fixed-size artifact of every format, and one ONNX file for any size."""
     folder = tmp_path_factory.mktemp('artifacts')
     fixed = job()
-    for name, export in EXPORTERS.items():
-        export(fixed, folder / name)
-    export_onnx(job(dynamic='hw'), folder / 'any_size.onnx')
+    for name in FILES:
+        exports.write(fixed, folder / name)
+    exports.write(job(dynamic='hw'), folder / 'any_size.onnx')
     return folder
 
 
-@pytest.mark.parametrize('name, runtime', [*zip(EXPORTERS, RUNTIMES)])
+@pytest.mark.parametrize('name, runtime', [*zip(FILES, RUNTIMES)])
 def test_every_format_computes_what_it_says(artifacts: Path, name: str, runtime: str) -> None:
     images = torch.randn(1, 3, *SIZE)
     with torch.no_grad():
-        expected = job().model(images)
+        expected = job().target.model(images)
     with open_artifact(artifacts / name, threads=1, trust=True) as artifact:
         assert artifact.runtime == runtime
         assert artifact.precision == 'f32'
@@ -100,7 +88,7 @@ def test_every_format_computes_what_it_says(artifacts: Path, name: str, runtime:
 
 
 def test_any_size(artifacts: Path) -> None:
-    backbone = job().model
+    backbone = job().target.model
     with open_artifact(artifacts / 'any_size.onnx', threads=1) as artifact:
         assert artifact.input_shape == (1, 3, None, None)
         for size in ((64, 64), (45, 130)):
@@ -113,10 +101,10 @@ def test_any_size(artifacts: Path) -> None:
 
 def test_float16_and_asked_for_precision(tmp_path: Path) -> None:
     half = job(dtype='fp16')
-    export_pth(half, tmp_path / 'half.pth')
+    exports.write(half, tmp_path / 'half.pth')
     with torch.no_grad():
         images = torch.randn(1, 3, *SIZE)
-        expected = job().model(images)
+        expected = job().target.model(images)
     with open_artifact(tmp_path / 'half.pth') as artifact:
         assert artifact.precision == 'f16'
         worst = max(
@@ -136,7 +124,7 @@ def test_settings_of_a_runtime_are_checked(artifacts: Path) -> None:
         open_artifact(artifacts / 'm_openvino', providers=['CPUExecutionProvider'])
 
 
-@pytest.mark.parametrize('name', [n for n in EXPORTERS if n != 'm_openvino'])
+@pytest.mark.parametrize('name', [n for n in FILES if n != 'm_openvino'])
 @pytest.mark.parametrize('damage', ['empty', 'cut', 'noise'])
 def test_damaged_files(artifacts: Path, name: str, damage: str, tmp_path: Path) -> None:
     whole = (artifacts / name).read_bytes()
@@ -264,7 +252,7 @@ def test_a_pt2_with_code_for_a_size_is_refused(
     bomb = changed_program(
         artifacts / 'm.pt2', tmp_path / 'bomb.pt2', with_size(expression.format(mark=str(mark)))
     )
-    for read in (open_artifact, operations_pt2):
+    for read in (open_artifact, FORMATS['pt2'].operations):
         with pytest.raises(ArtifactError, match=r'bomb\.pt2 .*which is no arithmetic'):
             read(bomb)
     assert not mark.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mm_models
@@ -14,7 +13,6 @@ from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnext_mm.checkpoints import read_run
-from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.errors import ModelError, UsageError
 from repnext_mm.deploy.whole_model import derived_config, save_whole_model
 
@@ -60,22 +58,6 @@ def test_the_same_model_without_norms_in_its_backbone(
     found = model.evaluate(config=config, checkpoint=checkpoint).metric
     assert expected > 90 * ONE_POINT[task]
     assert abs(found - expected) < 0.1 * ONE_POINT[task]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('task', ['det', 'seg'])
-def test_it_is_timed_against_the_trained_one(
-    task: str, models: dict[str, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = models[task]
-    argv = [str(model.config), str(model.checkpoint), '--scope=model', '--bench', '--size=64x96']
-    argv += ['--rounds=2', '--budget-s=2', '--json', f'--work-dir={tmp_path / "out"}']
-    assert deploy_main(argv) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert Path(result['weights']).exists()
-    rows = result['bench']['rows']
-    assert [row['variant'] for row in rows] == ['trained', 'fused']
-    assert all(row['p50_ms'] > 0 and row['runs'] >= 2 for row in rows)
 
 
 @pytest.mark.parametrize('plan, deploy', [('full', True), ('upstream', 'upstream')])

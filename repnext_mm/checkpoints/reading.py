@@ -32,7 +32,7 @@ Kind = Literal['torch checkpoint', 'TorchScript archive', 'safetensors file']
 
 #: Keys under which training scripts keep the weights, first match wins: timm and DeiT write
 #: averaged (EMA) weights beside the raw ones, and evaluate those.
-CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema_state_dict')
 
 # Objects with attributes only, which training scripts put beside the weights. Allowed while our
 # own reader is at work, not for every torch.load of the process.

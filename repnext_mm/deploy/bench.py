@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ..backbones import PyramidBackbone
@@ -27,11 +29,17 @@ from ..measure.artifacts import (
     torch_subjects,
 )
 from ..measure.tables import Record
-from ..network import Plan
+from ..network import Plan, check_plan
 from ..reparam import reparameterize
-from .exporters import Job
+from ..runtimes import open_artifact
+from ..runtimes.predictor import Model
 from .formats import FORMATS, Format
-from .report import PACKAGES, Report
+from .fusing import fused_model
+from .job import Job
+from .parity import Golden, predict_as_mm
+from .report import PACKAGES, ArtifactRecord, Report
+from .source import load_source
+from .targets import BackboneTarget, Preprocess
 
 CHOICE_SCHEDULE = Schedule(rounds=15, round_s=0.02, warmup_cap_s=2.0, budget_s=40.0)
 
@@ -69,7 +77,7 @@ def _row_name(row: Format, plan: str, numbers: str) -> str:
 
 
 def bench_artifacts(
-    artifacts: Sequence[Record],
+    artifacts: Sequence[ArtifactRecord],
     folder: Path,
     network: Network,
     *,
@@ -94,14 +102,14 @@ def bench_artifacts(
         trust: Run files that are code, as those of this process's own export.
         log: For progress.
     """
-    shape = (artifacts[0]['metadata']['batch'], 3, *artifacts[0]['size'])
-    plans = list(dict.fromkeys(a['metadata']['plan'] for a in artifacts))
+    shape = (artifacts[0].batch, 3, *artifacts[0].size)
+    plans = [check_plan(plan) for plan in dict.fromkeys(a.plan for a in artifacts)]
     modes = [mode for mode, options in TORCH_MODES.items() if compiled or not options['compile']]
     rows = torch_subjects(network, shape, plans, modes)
     with tempfile.TemporaryDirectory() as scratch:
         for record in artifacts:
-            row = FORMATS[record['format']]
-            if row.runtime is None or record['status'] != 'ok' or row.runtime == 'torch':
+            row = FORMATS[record.format]
+            if row.runtime is None or record.status != 'ok' or row.runtime == 'torch':
                 continue
             base = _upstream_of(record, artifacts, folder, network, shape, Path(scratch))
             rows += _artifact_rows(row, record, folder, base, shape, reduced, trust)
@@ -115,29 +123,128 @@ def bench_artifacts(
         )
 
 
+# --- complete models
+
+#: The row that all files of a complete model are compared with.
+PREDICT = 'mm predict, trained'
+
+
+def bench_models(
+    report: Report,
+    artifacts: Sequence[ArtifactRecord],
+    *,
+    threads: int | None = None,
+    schedule: Schedule = SCHEDULE,
+    reduced: Sequence[str] = ('bf16',),
+    trust: bool = True,
+    log: Console | None = None,
+) -> Measured:
+    """Time files of a complete model against mm's `predict`, all on the golden image.
+
+    Each file is timed twice: alone, from prepared pixels to its outputs, and `with pixels`, from an
+    image as it was loaded to boxes and masks in that image. mm's `predict` includes its own
+    data preprocessor, scaling back and pasting; it reads no file and resizes no image.
+    """
+    model, first = report.model, artifacts[0]
+    golden = str((report.folder / first.golden).resolve())
+    common = {'golden': golden, 'config': model.config, 'checkpoint': model.checkpoint}
+    here = f'{__name__}:'
+    rows = [
+        Subject(
+            name,
+            'torch mm',
+            {**common, 'opener': f'{here}open_predict', 'plan': plan},
+            PREDICT,
+            {'format': 'torch', 'plan': plan or 'none', 'path': None, 'mode': 'mm'},
+        )
+        for name, plan in ((PREDICT, None), ('mm predict, fused', first.plan))
+    ]
+    described = (report.folder / 'model.json').exists()
+    for record in artifacts:
+        row = FORMATS[record.format]
+        precisions: list[str | None] = [None]
+        if row.name == 'openvino' and record.dtype == 'fp32':
+            precisions += [name for name in reduced if openvino_takes(name)]
+        for precision in precisions:
+            label = f'{row.name} {precision or record.dtype}'
+            path = report.folder / record.path
+            spec = {**common, 'path': str(path.resolve()), 'trust': trust, 'precision': precision}
+            facts = {'format': row.name, 'plan': record.plan, 'path': record.path, 'mode': None}
+            openers = {label: 'open_file'}
+            if described and row.name in ('onnx', 'openvino'):
+                openers[f'{label}, with pixels'] = 'open_predictor'
+            rows += [
+                Subject(
+                    name,
+                    row.name,
+                    {**spec, 'opener': f'{here}{opener}'},
+                    PREDICT,
+                    {**facts, 'dtype': record.dtype},
+                )
+                for name, opener in openers.items()
+            ]
+    return measure(
+        rows, PREDICT, threads=threads or len(environment.cores()), schedule=schedule, log=log
+    )
+
+
+def open_predict(spec: Record) -> tuple[Callable[[], Any], Record]:
+    """mm's own `predict`, of the trained model or, with a plan, of the fused one."""
+    with muffled():
+        source = load_source(spec['config'], spec['checkpoint'], scope='model')
+    model = source.model if spec['plan'] is None else fused_model(source, spec['plan'])
+    preprocess = Preprocess.of(source.preprocessor)
+    inputs = Golden.load(Path(spec['golden'])).inputs
+    facts = {'runtime': 'torch', 'precision': 'f32'}
+    return lambda: predict_as_mm(model, preprocess, inputs), facts
+
+
+def open_file(spec: Record) -> tuple[Callable[[], Any], Record]:
+    """A file alone, from prepared pixels."""
+    artifact = open_artifact(
+        spec['path'], threads=spec['threads'], precision=spec['precision'], trust=spec['trust']
+    )
+    given = Golden.load(Path(spec['golden'])).inputs
+    inputs = {name: given[name] for name in artifact.input_names}
+    facts = {'runtime': artifact.runtime, 'precision': artifact.precision}
+    return lambda: artifact.run_named(inputs), facts
+
+
+def open_predictor(spec: Record) -> tuple[Callable[[], Any], Record]:
+    """The predictor that is shipped, from an image as it was loaded."""
+    model = Model(spec['path'], spec['threads'], spec['precision'])
+    image = Golden.load(Path(spec['golden'])).inputs['image'][0]
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0).clip(0, 255).astype(np.uint8))
+    runtime = 'onnxruntime' if spec['path'].endswith('.onnx') else 'openvino'
+    return lambda: model(pixels), {'runtime': runtime, 'precision': spec['precision'] or 'f32'}
+
+
+# --- backbones
+
+
 def _upstream_of(
-    record: Record,
-    artifacts: Sequence[Record],
+    record: ArtifactRecord,
+    artifacts: Sequence[ArtifactRecord],
     folder: Path,
     network: Network,
     shape: Sequence[int],
     scratch: Path,
 ) -> Path:
     """The `upstream` artifact to compare with, in float where `record` is int8; made if need be."""
-    row, dtype = FORMATS[record['format']], float_dtype(record['dtype'])
+    row, dtype = FORMATS[record.format], float_dtype(record.dtype)
     for other in artifacts:
-        same = (other['format'], other['dtype']) == (row.name, dtype)
-        if same and other['metadata']['plan'] == UPSTREAM:
-            return folder / other['path']
+        same = (other.format, other.dtype) == (row.name, dtype)
+        if same and other.plan == UPSTREAM:
+            return folder / other.path
     path = scratch / f'{UPSTREAM}_{dtype}{row.suffix}'
     if not path.exists():
-        export(row, network.fused(UPSTREAM), shape, path, dtype, opset=record.get('opset'))
+        export(row, network.fused(UPSTREAM), shape, path, dtype, opset=record.opset)
     return path
 
 
 def _artifact_rows(
     row: Format,
-    record: Record,
+    record: ArtifactRecord,
     folder: Path,
     base: Path,
     shape: Sequence[int],
@@ -145,15 +252,15 @@ def _artifact_rows(
     trust: bool,
 ) -> Iterator[Subject]:
     """An artifact and the `upstream` artifact it is compared with, both in every precision."""
-    plan, dtype = record['metadata']['plan'], record['dtype']
+    plan, dtype = record.plan, record.dtype
     precisions: list[str | None] = [None]
     if row.name == 'openvino' and dtype == 'fp32':
         precisions += [name for name in reduced if openvino_takes(name)]
     for precision in precisions:
         yield artifact_subject(row, base, shape, UPSTREAM, float_dtype(dtype), precision)
-        path = folder / record['path']
+        path = folder / record.path
         subject = artifact_subject(row, path, shape, plan, dtype, precision, trust)
-        yield replace(subject, facts={**subject.facts, 'path': record['path']})
+        yield replace(subject, facts={**subject.facts, 'path': record.path})
 
 
 def float_dtype(dtype: str) -> str:
@@ -177,7 +284,6 @@ def export(
 ) -> None:
     """Write an artifact to be timed and thrown away."""
     batch, _, height, width = shape
-    names = tuple(f'stage{i}' for i in model.out_indices)
     metadata = {
         'family': type(model).__name__,
         'arch': model.arch if model.arch in model.arch_zoo else model.settings,
@@ -187,7 +293,7 @@ def export(
         'size': [height, width],
         'batch': batch,
     }
-    job = Job(model, (height, width), names, metadata, batch=batch, dtype=dtype)
+    job = Job(BackboneTarget(model), (height, width), metadata, batch=batch, dtype=dtype)
     if opset is not None:
         job = replace(job, opset=opset)
     with muffled():
@@ -210,34 +316,31 @@ def bench_report(
     Raises:
         BenchError: None can be timed.
     """
-    groups: dict[tuple[int, ...], list[Record]] = {}
-    for record in report.data['artifacts']:
-        if FORMATS[record['format']].runtime is not None and record['status'] == 'ok':
-            key = (record['metadata']['batch'], *record['size'])
+    groups: dict[tuple[int, ...], list[ArtifactRecord]] = {}
+    for record in report.artifacts:
+        if FORMATS[record.format].runtime is not None and record.status == 'ok':
+            key = (record.batch, *record.size)
             groups.setdefault(key, []).append(record)
     if not groups:
         raise BenchError(f'{report.folder} holds no artifact that can be run here.')
     results = []
-    report.data['latency'], report.data['bench'] = [], []
+    report.latency, report.bench = [], []
     for key, artifacts in groups.items():
-        network = Network.of(artifacts[0]['metadata'])
-        measured = bench_artifacts(
-            artifacts,
-            report.folder,
-            network,
-            threads=threads,
-            compiled=compiled,
-            schedule=schedule,
-            trust=trust,
-            log=log,
-        )
+        common: Any = {'threads': threads, 'schedule': schedule, 'trust': trust, 'log': log}
+        if report.model.scope == 'model':
+            measured = bench_models(report, artifacts, **common)
+        else:
+            network = Network.of(artifacts[0].metadata)
+            measured = bench_artifacts(
+                artifacts, report.folder, network, compiled=compiled, **common
+            )
         batch, height, width = key
-        title = f'{report.data["model"]["name"]}, {batch}x3x{height}x{width}'
+        title = f'{report.model.name}, {batch}x3x{height}x{width}'
         picture = f'latency_{height}x{width}_b{batch}.png'
         draw(measured, title, report.folder / picture)
         shape = {'batch': batch, 'size': [height, width]}
-        report.data['latency'] += [{**row, **shape} for row in measured.rows()]
-        report.data['bench'].append(
+        report.latency += [{**row, **shape} for row in measured.rows()]
+        report.bench.append(
             {
                 **shape,
                 'picture': picture,

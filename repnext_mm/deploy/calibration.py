@@ -19,7 +19,7 @@ from ..configs import is_config_name
 from ..datasets.images import IMAGE_SUFFIXES, image_loader, read_image, unused_depth
 from ..normalization import IMAGENET_MEAN, IMAGENET_STD
 from .errors import UsageError
-from .exporters import Preprocess
+from .targets import Preprocess
 
 #: Fewer images are refused, and below the second number there is a warning: ranges of activations
 #: are then those of single images.

@@ -7,18 +7,15 @@ has to compute. What a file must keep to is `TOLERANCES`, and nothing outside of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ..runtimes import ArtifactError, open_artifact
+from ..runtimes.predictor import digest
 from .errors import ParityError, UsageError
 from .formats import FORMATS
 from .parity import TOLERANCES, Golden, check_artifact
-from .report import Record, Report, digest
-
-#: What a record of an artifact has, and of which type it is.
-FIELDS = {'path': str, 'format': str, 'dtype': str, 'sha256': str, 'golden': str}
+from .report import ArtifactRecord, ParityRecord, Report
 
 
 def check_folder(report: Report, log: Console, trust: bool = False) -> None:
@@ -33,46 +30,32 @@ def check_folder(report: Report, log: Console, trust: bool = False) -> None:
 
     Raises:
         ParityError: One is missing, was changed, differs, or may not be run.
-        UsageError: The report has other fields than those of a report.
+        UsageError: The report has other values than those of a report.
     """
-    records = report.data.get('artifacts')
-    if not isinstance(records, list):
-        raise UsageError(f'the report in {report.folder} lists no artifacts; export again.')
     failed = []
-    report.data['parity'] = []
-    for record in records:
-        _require_fields(report, record)
-        record['status'], reason = _check(report, record, trust)
+    report.parity = []
+    for record in report.artifacts:
+        for name, allowed in (('format', FORMATS), ('dtype', TOLERANCES)):
+            if getattr(record, name) not in allowed:
+                raise UsageError(
+                    f'the report in {report.folder} has an artifact with '
+                    f'{name}={getattr(record, name)!r:.60}; there are {", ".join(allowed)}.'
+                )
+        record.status, reason = _check(report, record, trust)
         log.print(
-            f'{record["status"]}: {record["path"]}{reason and f": {reason}"}',
+            f'{record.status}: {record.path}{reason and f": {reason}"}',
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-        if record['status'] == 'FAILED':
-            failed.append(f'{record["path"]}: {reason}')
-    report.data['status'] = 'failed' if failed else 'ok'
+        if record.status == 'FAILED':
+            failed.append(f'{record.path}: {reason}')
+    report.status = 'failed' if failed else 'ok'
     if failed:
         raise ParityError(
-            f'{len(failed)} of {len(records)} artifacts failed: {"; ".join(failed)}; export again '
-            'with --force.'
+            f'{len(failed)} of {len(report.artifacts)} artifacts failed: {"; ".join(failed)}; '
+            'export again with --force.'
         )
-
-
-def _require_fields(report: Report, record: Any) -> None:
-    for name, kind in FIELDS.items():
-        value = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(value, kind):
-            raise UsageError(
-                f'the report in {report.folder} has an artifact with {name}={value!r:.60}, '
-                'expected text; export again.'
-            )
-    for name, allowed in (('format', FORMATS), ('dtype', TOLERANCES)):
-        if record[name] not in allowed:
-            raise UsageError(
-                f'the report in {report.folder} has an artifact with {name}={record[name]!r:.60}; '
-                f'there are {", ".join(allowed)}.'
-            )
 
 
 def _outside(report: Report, name: str) -> bool:
@@ -82,15 +65,15 @@ def _outside(report: Report, name: str) -> bool:
     return any(folder not in part.resolve().parents for part in parts)
 
 
-def _check(report: Report, record: Record, trust: bool) -> tuple[str, str]:
+def _check(report: Report, record: ArtifactRecord, trust: bool) -> tuple[str, str]:
     """The status of one artifact, and why."""
-    path, expected = report.folder / record['path'], report.folder / record['golden']
-    row = FORMATS[record['format']]
-    if any(_outside(report, record[name]) for name in ('path', 'golden')):
-        return 'FAILED', f'it or {Path(record["golden"]).name} is not in this folder'
+    path, expected = report.folder / record.path, report.folder / record.golden
+    row = FORMATS[record.format]
+    if any(_outside(report, name) for name in (record.path, record.golden)):
+        return 'FAILED', f'it or {Path(record.golden).name} is not in this folder'
     if not path.exists():
         return 'FAILED', 'the file is missing'
-    if digest(path) != record['sha256']:
+    if digest(path) != record.sha256:
         return 'FAILED', 'the file was changed since it was exported'
     if row.runtime is None:
         return 'unverified', 'nothing on this system runs it'
@@ -98,13 +81,16 @@ def _check(report: Report, record: Record, trust: bool) -> tuple[str, str]:
         return 'FAILED', f'{expected.name} is missing'
     try:
         with open_artifact(row.file(path), trust=trust) as artifact:
-            rows = check_artifact(artifact, [Golden.load(expected)], TOLERANCES[record['dtype']])
-            runtime = {'runtime': artifact.runtime, 'precision': artifact.precision}
-    except (ArtifactError, ValueError) as error:
+            rows = check_artifact(artifact, [Golden.load(expected)], TOLERANCES[record.dtype])
+            runtime, precision = artifact.runtime, artifact.precision
+    except (ArtifactError, ValueError, KeyError, IndexError) as error:
         return 'FAILED', str(error)
-    report.data['parity'] += [
-        {'path': record['path'], 'format': row.name, **runtime, **r.as_record()} for r in rows
+    report.parity += [
+        ParityRecord(
+            record.path, row.name, runtime, precision, r.output, r.passed, r.text, dict(r.measures)
+        )
+        for r in rows
     ]
-    worst = max(rows, key=lambda r: r.max_rel)
-    reason = f'{worst.output} differs by {worst.max_rel:.1e} of its std, {worst.sqnr_db:.0f} dB'
-    return ('ok' if all(r.passed for r in rows) else 'FAILED'), reason
+    passed = bool(rows) and all(r.passed for r in rows)
+    worst = next((r for r in rows if not r.passed), rows[-1] if rows else None)
+    return ('ok' if passed else 'FAILED'), f'{worst.output}: {worst.text}' if worst else 'no rows'

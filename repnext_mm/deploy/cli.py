@@ -10,32 +10,24 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from ..configs import is_config_name
 from ..engine.errors import run_tool, sigterm_raises
-from ..measure import artifacts, tables
+from ..measure import artifacts
 from ..measure.rounds import Schedule
-from ..network import PLANS
 from ..program import command, program
-from ..text import parse_size
 from . import bench
-from .calibration import ENOUGH_IMAGES
 from .check import check_folder
-from .errors import ParityError, UsageError
+from .errors import ParityError
 from .explain import explain
-from .exporters import IOS_TARGETS, OPSETS
 from .folders import shown
-from .formats import DYNAMIC, FORMATS, choose_formats
-from .pipeline import Export, Options
-from .quantize import GATE_DB
+from .formats import DYNAMIC, FORMATS
+from .options import Options, add_options, parsed, positive
+from .pipeline import Export
 from .report import JSON_NAME, Report, markdown_table
-from .source import load_source
+from .source import Source, load_source
 
-#: Every dtype of any format.
-DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 WIDTH = 200
 
 
@@ -62,7 +54,7 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     defaults, name = argparse.ArgumentDefaultsHelpFormatter, program('deploy')
     parser = argparse.ArgumentParser(
         prog=name,
-        description='Fuse a backbone, export it, and prove the artifact equal.',
+        description='Fuse a model, export it, and prove the artifact equal.',
         epilog=f'{name} MODEL ... is short for {name} export MODEL ...; '
         f'{name} export --help lists its options.',
     )
@@ -71,49 +63,16 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     export = subparsers.add_parser(
         'export', help='fuse and export (also without a verb)', formatter_class=defaults
     )
-    add = export.add_argument
-    add('model', help='arch name such as repnext_m0, a config, or a (fused) weight file')
-    add('checkpoint', nargs='?', help='weights: a file, a URL or a published name; random without')
-    add('--format', help=f'comma list of {", ".join(FORMATS)}; or all (None: onnx)')
-    add('--scope', choices=('backbone', 'model'), default='backbone',
-        help='model: a complete detector or segmentor, fused, as .pth with config')  # fmt: skip
-    add('--size', type=_sizes, default='512', help='512 or HxW; a comma list exports one each')
-    add('--batch', type=_positive, default=1, help='number of images')
-    add('--out-indices', type=_indices, help="stages to return, such as 1,2,3 (None: the config's)")
-    add('--plan', choices=('auto', *PLANS), default='full',
-        help='how far to fuse; auto measures which exact plan is fastest')  # fmt: skip
-    add(
-        '--dtype',
-        choices=DTYPES,
-        help='to compute in (None: fp16 in coreml, else fp32)',
+    export.add_argument(
+        'model', help='arch name such as repnext_m0, a config, or a (fused) weight file'
     )
-    add(
-        '--dynamic',
-        choices=DYNAMIC,
-        default='none',
-        help='leave batch, or height and width, open',
+    export.add_argument(
+        'checkpoint', nargs='?', help='weights: a file, a URL or a published name; random without'
     )
-    add('--preprocess', choices=('none', 'embed'), default='none',
-        help="build the config's data_preprocessor into the artifact")  # fmt: skip
-    add('--calib', type=Path, metavar='DIR_OR_CONFIG', help='images that int8 is calibrated on')
-    add('--calib-images', type=_positive, default=ENOUGH_IMAGES, help='at most so many of them')
-    add('--gate-db', type=float, default=GATE_DB, help='SQNR that every stage keeps in int8')
-    add('--max-drop', type=float, metavar='POINTS',
-        help='points of AP or mIoU that int8 may lose, measured on the test data of the config '
-        '(None: not measured)')  # fmt: skip
-    add('--opset', type=int, choices=OPSETS,
-        help=f'of ONNX (None: {OPSETS[0]}; from 20 on faster in ONNX Runtime)')  # fmt: skip
-    add('--ios-target', type=int, choices=IOS_TARGETS, help=f'oldest iOS (None: {IOS_TARGETS[0]})')
-    add('--device', choices=('cpu', 'cuda'), help='what aoti compiles for (None: cpu)')
-    add('--parity', choices=('on', 'off'), default='on', help='run and compare every artifact')
-    add('--parity-input', type=Path, metavar='IMG', help='compare on this image, not on noise')
-    add('--allow-odd', action='store_true', help='accept sizes that the strides do not divide')
-    add('--allow-partial', action='store_true', help='accept checkpoints that match in part')
-    add('--work-dir', type=Path, help='output folder (None: work_dirs/deploy/MODEL)')
-    add('--force', action='store_true', help='replace artifacts that are there')
-    add('--strict', action='store_true', help='stop at a warning about a package')
-    add('--seed', type=int, default=0, help='of random weights and of the images to compare on')
-    add('--bench', action='store_true', help='time what was exported, as the verb bench does')
+    add_options(export)
+    export.add_argument(
+        '--bench', action='store_true', help='time what was exported, as the verb bench does'
+    )
     _add_bench(export)
     _add_output(export)
 
@@ -131,7 +90,7 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
         'explain', help="time by operator, from the runtime's profile", formatter_class=defaults
     )
     explain_.add_argument('artifacts', type=Path, nargs='+', help='files that an export wrote')
-    explain_.add_argument('--threads', type=_positive, help="to compute on (None: the runtime's)")
+    explain_.add_argument('--threads', type=positive, help="to compute on (None: the runtime's)")
     explain_.add_argument('--precision', choices=('f32', 'bf16', 'f16'), help='of OpenVINO')
     _add_trust(explain_)
     _add_output(explain_)
@@ -157,11 +116,11 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--threads', type=_positive, help='to time on (None: every core)')
+    parser.add_argument('--threads', type=positive, help='to time on (None: every core)')
     parser.add_argument(
         '--no-compile', action='store_true', help='time PyTorch eager alone, not compiled'
     )
-    parser.add_argument('--rounds', type=_positive, default=30, help='of timing, at most')
+    parser.add_argument('--rounds', type=positive, default=30, help='of timing, at most')
     parser.add_argument(
         '--budget-s', type=float, help='bound for the timing in seconds (None: all rounds)'
     )
@@ -172,67 +131,29 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--quiet', action='store_true', help='print errors alone')
 
 
-def _sizes(text: str) -> list[tuple[int, int]]:
-    try:
-        return [parse_size(part) for part in text.split(',')]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not a size; give 512, HxW as 800x1344, or several with commas'
-        ) from None
-
-
-def _indices(text: str) -> tuple[int, ...]:
-    if not all(part.strip().isdigit() for part in text.split(',')):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a list of stages; give 0,1,2,3 or fewer')
-    return tuple(int(part) for part in text.split(','))
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
-    return int(text)
-
-
 # --- the verbs
 
 
 def _export(args: argparse.Namespace) -> None:
-    if args.scope == 'model':
-        _export_model(args)
-        return
-    text = args.format or 'onnx'
-    formats = [(row, row.name in text.split(',')) for row in choose_formats(text)]
-    others = {name: getattr(args, name) for name in ('opset', 'ios_target', 'device')}
-    log = _log(args)
+    options, log = parsed(args), _log(args)
     with _talk(args):
         source = load_source(
             args.model,
             args.checkpoint,
-            out_indices=args.out_indices,
-            allow_partial=args.allow_partial,
-            seed=args.seed,
+            out_indices=options.out_indices,
+            allow_partial=options.allow_partial,
+            seed=options.seed,
+            scope=options.scope,
         )
-    options = Options(
-        formats,
-        sizes=args.size,
-        batch=args.batch,
-        plan=args.plan,
-        dtype=args.dtype,
-        dynamic=args.dynamic,
-        preprocess=args.preprocess == 'embed',
-        parity=args.parity == 'on',
-        parity_input=args.parity_input,
-        allow_odd=args.allow_odd,
-        force=args.force,
-        strict=args.strict,
-        seed=args.seed,
-        calib=args.calib,
-        calib_images=args.calib_images,
-        gate_db=args.gate_db,
-        max_drop=args.max_drop,
-        others=tuple((name, value) for name, value in others.items() if value is not None),
-    )
-    folder = args.work_dir or Path('work_dirs', 'deploy', source.name)
+    folder = options.work_dir or Path('work_dirs', 'deploy', source.name)
+    log.print(_what_ships(source), highlight=False, markup=False, soft_wrap=True)
+    names = options.format.split(',')
+    if source.scope == 'model' and 'pth' in names:
+        _save_weights(args, source, options, folder)
+        names = [name for name in names if name != 'pth']
+        if not names:
+            return
+        options = replace(options, format=','.join(names))
     export = Export(source, options, folder, log)
     report = export.run()
     if args.bench:
@@ -240,41 +161,32 @@ def _export(args: argparse.Namespace) -> None:
     _finish(args, report, log)
     export.raise_failures()
     if not args.json and not args.quiet:
-        print(f'Wrote {shown(folder / JSON_NAME)}; next: {command("deploy")} check {shown(folder)}')
+        trust = ' --trust' if any(FORMATS[a.format].is_code for a in report.artifacts) else ''
+        check = f'{command("deploy")} check {shown(folder)}{trust}'
+        print(f'Wrote {shown(folder / JSON_NAME)}; next: {check}')
 
 
-def _export_model(args: argparse.Namespace) -> None:
-    from .whole_model import save_whole_model, time_whole_model  # which need mmdet or mmseg
+def _what_ships(source: Source) -> str:
+    """The first line: what is exported, and with whose weights."""
+    what = (
+        f'the backbone {source.family} {source.arch} alone'
+        if source.scope == 'backbone'
+        else f'the complete {source.family} with backbone {source.arch}'
+    )
+    weights = source.checkpoint or 'random weights'
+    under = f' ({source.container})' if source.container not in ('', 'state_dict') else ''
+    return f'Exporting {what}, weights: {weights}{under}.'
 
-    if args.format not in (None, 'pth'):
-        raise UsageError(
-            f'--scope model is for --format pth; in {args.format} there is the backbone alone, '
-            f'which mm runs in place with {command("test")} --backbone (for heads in the graph '
-            'there is mmdeploy).'
-        )
-    if args.plan == 'auto':
-        raise UsageError('--plan auto is for --scope backbone; name a plan for the complete model.')
-    if args.bench and len(args.size) > 1:
-        raise UsageError('--scope model --bench times one size; give --size one, such as 512.')
-    if not is_config_name(args.model) or args.checkpoint is None:
-        raise UsageError('--scope model needs the config of a training and its checkpoint.')
-    folder = args.work_dir or Path('work_dirs', 'deploy', Path(args.model).stem)
+
+def _save_weights(args: argparse.Namespace, source: Source, options: Options, folder: Path) -> None:
+    """A complete model as a checkpoint and a config of mm, its backbone fused."""
+    from .whole_model import save_fused  # which needs mmdet or mmseg
+
     with _talk(args):
-        weights, config = save_whole_model(
-            args.model, args.checkpoint, folder, args.plan, force=args.force
-        )
-    result: dict[str, Any] = {'weights': str(weights), 'config': str(config)}
-    if args.bench:
-        (size,), trained = args.size, (args.model, args.checkpoint)
-        with _talk(args):
-            result['bench'] = time_whole_model(
-                trained, (weights, config), size, threads=args.threads, schedule=_schedule(args)
-            )
-        title = f'One prediction at {size[0]}x{size[1]}, PyTorch on the CPU'
-        tables.show(result['bench'], title, _log(args))
-    if args.json:
-        print(json.dumps(result))
-    elif not args.quiet:
+        weights, config = save_fused(source, folder, options.plan, force=options.force)
+    if args.json and options.format == 'pth':
+        print(json.dumps({'weights': str(weights), 'config': str(config)}))
+    elif not args.quiet and not args.json:
         print(
             f'Wrote {shown(weights)} and {shown(config)}; '
             f'next: {command("test")} {shown(config)} {shown(weights)}'
@@ -335,7 +247,7 @@ def _formats(args: argparse.Namespace) -> None:
             'title': row.title,
             'suffix': row.suffix,
             'dtypes': list(row.dtypes),
-            'dynamic': [name for name, refused in row.dynamic.items() if not refused],
+            'dynamic': [name for name in DYNAMIC if not row.refuse_dynamic(name)],
             'options': [f'--{name.replace("_", "-")}' for name in row.options],
             'runtime': row.runtime,
             'requires': list(row.packages.values()),
@@ -361,7 +273,7 @@ def format_table() -> list[str]:
                 row.title,
                 f'`{row.suffix}`',
                 ', '.join(row.dtypes),
-                ', '.join(name for name, refused in row.dynamic.items() if not refused),
+                ', '.join(name for name in DYNAMIC if not row.refuse_dynamic(name)),
                 ', '.join(f'`--{name.replace("_", "-")}`' for name in row.options) or '-',
                 ', '.join(f'`{name}`' for name in row.packages.values()) or '-',
             )

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure.operators import by_operator
-from ..reparam.verify import noise
 from ..runtimes import open_artifact
 from ..runtimes.onnx import ONNXArtifact
 from ..runtimes.openvino import OpenVINOArtifact, openvino_core
+from .job import IN_PART
 
 #: Kinds of operators by what their names contain, in any runtime; the first that fits.
 KINDS = (
@@ -67,6 +67,8 @@ class Explanation:
     operators: list[Operator]
     #: Nodes in the graph as the runtime optimised it, by kind; empty where it does not show it.
     nodes: dict[str, int] = field(default_factory=dict)
+    #: By part of a complete model (backbone, neck, head, NMS, masks, ...); empty for a backbone.
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, dict[str, float]]:
@@ -87,6 +89,12 @@ class Explanation:
         total = sum(entry.ms for entry in self.operators)
         title = f'{self.path} in {self.runtime} {self.precision}: {total:.1f} ms in operators'
         console.print(title, highlight=False)
+        if self.parts:
+            parts = [
+                (part, '', f'{row["ms"]:.2f}', f'{row["share"]:.1%}', '')
+                for part, row in self.parts.items()
+            ]
+            _show(console, ('part', ''), parts)
         rows = [(kind, '', *_cells(row)) for kind, row in self.kinds.items()]
         _show(console, ('kind', ''), rows)
         rows = [(f'{e.operator} ({e.kind})', e.kernel, *_cells(asdict(e))) for e in self.operators]
@@ -124,29 +132,60 @@ def explain(
     """
     opened = open_artifact(path, threads=threads, precision=precision, trust=trust)
     with opened as artifact:
-        size = artifact.metadata.get('size') or (512, 512)
-        default = (artifact.metadata.get('batch', 1), 3, *size)
-        shape = [own or other for own, other in zip(artifact.input_shape, default)]
-        image = noise(shape).numpy()
-        artifact.run(image)  # says in one sentence what a runtime has against it
+        inputs = artifact.example()
+        artifact.run_named(inputs)  # says in one sentence what a runtime has against it
         if isinstance(artifact, ONNXArtifact):
-            calls, nodes = _onnxruntime(artifact, image, threads, runs)
+            calls, nodes = _onnxruntime(artifact, inputs, threads, runs)
         elif isinstance(artifact, OpenVINOArtifact):
-            calls, nodes = _openvino(artifact, image, threads, precision, runs)
+            calls, nodes = _openvino(artifact, inputs, threads, precision, runs)
         else:
-            calls, nodes = _torch(lambda: artifact.run(image), runs), {}
+            calls, nodes = _torch(lambda: artifact.run_named(inputs), runs), {}
         return Explanation(
-            Path(path).name, artifact.runtime, artifact.precision, _summed(calls), nodes
+            Path(path).name,
+            artifact.runtime,
+            artifact.precision,
+            _summed(calls),
+            nodes,
+            _parts(calls),
         )
 
 
 #: One operator's calls: name, kind, kernel, ms and number of calls in one run.
-Call = tuple[str, str, str, float, float]
+Call = tuple[str, str, str, float, float, str]
+
+
+def _part(name: str) -> str:
+    """The part of a complete model that its exporter put before the name of a node."""
+    return name.split(IN_PART)[0].removeprefix('fused ') if IN_PART in name else ''
+
+
+def _parts_of(nodes: Sequence[Any]) -> dict[str, str]:
+    """The part of each node, by name; a node that the runtime made has that of its next reader."""
+    readers: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: dict[str, str] = {}
+    for node in reversed(nodes):  # readers come later in a graph
+        later = (found.get(r.name, '') for name in node.output for r in readers.get(name, ()))
+        found[node.name] = _part(node.name) or next(filter(None, later), '')
+    return found
+
+
+def _parts(calls: Sequence[Call]) -> dict[str, dict[str, float]]:
+    """`ms` and `share` by part of a complete model, the longest first; empty for a backbone."""
+    sums: Counter[str] = Counter()
+    for *_, ms, _, part in calls:
+        sums[part or 'other'] += ms  # type: ignore[assignment]
+    if set(sums) <= {'other'}:
+        return {}
+    total = sum(sums.values()) or 1.0
+    return {part: {'ms': ms, 'share': ms / total} for part, ms in sums.most_common()}
 
 
 def _summed(calls: Sequence[Call]) -> list[Operator]:
     sums: dict[tuple[str, str, str], list[float]] = {}
-    for *key, ms, count in calls:
+    for *key, ms, count, _ in calls:
         entry = sums.setdefault((key[0], key[1], key[2]), [0.0, 0.0])
         entry[0] += ms
         entry[1] += count
@@ -176,12 +215,12 @@ def _torch(function: Callable[[], Any], runs: int) -> list[Call]:
         # Inputs of a convolution: image, weight, bias, ...
         weight = entry['shapes'][1] if len(entry['shapes']) > 1 else ()
         kind = kind_of(entry['operator'], weight)
-        calls.append((entry['operator'], kind, '', entry['ms'], entry['calls']))
+        calls.append((entry['operator'], kind, '', entry['ms'], entry['calls'], ''))
     return calls
 
 
 def _onnxruntime(
-    artifact: ONNXArtifact, image: np.ndarray, threads: int | None, runs: int
+    artifact: ONNXArtifact, inputs: dict[str, np.ndarray], threads: int | None, runs: int
 ) -> tuple[list[Call], dict[str, int]]:
     import onnx
     import onnxruntime
@@ -198,13 +237,15 @@ def _onnxruntime(
         session = onnxruntime.InferenceSession(
             artifact.path, options, providers=['CPUExecutionProvider']
         )
-        feed = {artifact.input_name: image.astype(artifact.input_type, copy=False)}
+        name = artifact.input_names[0]
+        feed = {**inputs, name: inputs[name].astype(artifact.input_type, copy=False)}
         for _ in range(runs):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
         graph = onnx.load(options.optimized_model_filepath).graph
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
+    parts = _parts_of(graph.node)
 
     def kind(name: str, operator: str) -> str:
         node = nodes.get(name)
@@ -224,14 +265,16 @@ def _onnxruntime(
         name = event.get('name', '').removesuffix('_kernel_time')
         if event.get('cat') == 'Node' and name != event['name']:
             operator = event['args']['op_name']
-            calls.append((operator, kind(name, operator), '', event['dur'] / 1e3 / runs, 1 / runs))
+            ms = event['dur'] / 1e3 / runs
+            part = parts.get(name, '')
+            calls.append((operator, kind(name, operator), '', ms, 1 / runs, part))
     counted = Counter(kind(node.name, node.op_type) for node in graph.node)
     return calls, dict(counted.most_common())
 
 
 def _openvino(
     artifact: OpenVINOArtifact,
-    image: np.ndarray,
+    inputs: dict[str, np.ndarray],
     threads: int | None,
     precision: str | None,
     runs: int,
@@ -247,12 +290,13 @@ def _openvino(
     calls = []
     counted: Counter[str] = Counter()
     for _ in range(runs):
-        request.infer({0: image})
+        request.infer(dict(enumerate(inputs.values())))
         for node in request.get_profiling_info():
             if str(node.status).endswith('EXECUTED') and 'NOT' not in str(node.status):
                 kind = _openvino_kind(node.node_type, node.exec_type)
                 ms = node.real_time.total_seconds() * 1e3
-                calls.append((node.node_type, kind, node.exec_type, ms / runs, 1 / runs))
+                part = _part(node.node_name)
+                calls.append((node.node_type, kind, node.exec_type, ms / runs, 1 / runs, part))
                 counted[kind] += 1
     return calls, {kind: count // runs for kind, count in counted.most_common()}
 

@@ -6,34 +6,30 @@ import contextlib
 import copy
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones import PyramidBackbone
 from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
-from ..network import FusionReport, Plan
+from ..network import Network, Plan
 from ..reparam import prove, reparameterize
 from ..reparam.fusion import INEXACT
 from ..reparam.verify import noise
 from ..runtimes import ArtifactError, open_artifact
+from ..runtimes.predictor import digest
 from ..version import __version__
 from .bench import choose_plan
-from .calibration import (
-    ENOUGH_IMAGES,
-    IMAGENET,
-    RAW,
-    calibration_images,
-    cover,
-    load_picture,
-)
+from .calibration import IMAGENET, RAW, calibration_images, cover, load_picture
 from .errors import (
     DependencyError,
     ExportError,
@@ -42,21 +38,33 @@ from .errors import (
     SomeFailedError,
     UsageError,
 )
-from .exporters import Job, Preprocess
 from .folders import disk_errors, make_folder, owned, partial_folder, place, remove, shown
-from .formats import Format
-from .inspection import batch_norms, convolutions
-from .parity import (
-    TOLERANCES,
-    Golden,
-    Tolerance,
-    check_artifact,
-    golden,
-    other_shapes,
+from .formats import Format, batch_norms, convolutions
+from .fusing import fused_model, inexact_kinds
+from .job import Job
+from .options import Options
+from .parity import PARITIES, FeatureParity, Golden, ParityRow, check_artifact, other_shapes
+from .quantize import HELD_OUT, TaskMetric, quantize
+from .report import (
+    JSON_NAME,
+    ArtifactRecord,
+    ModelRecord,
+    ParityRecord,
+    PlanRecord,
+    Record,
+    Report,
+    size_of,
 )
-from .quantize import GATE_DB, HELD_OUT, TaskMetric, quantize
-from .report import JSON_NAME, Record, Report, digest, size_of
+from .shipping import Unshippable, settings_of, ship
 from .source import Source
+from .targets import (
+    OUT_SIZE,
+    BackboneTarget,
+    DetectorTarget,
+    Preprocess,
+    SegmentorTarget,
+    Target,
+)
 
 REJECTED = 'rejected'
 RANDOM_WEIGHTS = 'random weights: fine for latency, meaningless for accuracy'
@@ -67,52 +75,8 @@ WHY: dict[Plan, str] = {
     'upstream': 'as the published code fuses; each block keeps a BatchNorm',
     'single': 'one depthwise convolution per token mixer',
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an export is asked for, apart from the model.
-
-    Args:
-        formats: With whether each was named, rather than implied by `all`.
-        sizes: Heights and widths; one set of artifacts for each.
-        plan: How far to fuse; 'auto' measures, for each format, which exact plan is fastest.
-        dtype: One for all formats; each format's own default where None.
-        preprocess: Whether artifacts require images as they were loaded.
-        parity: Whether to run what was written.
-        parity_input: An image to compare on, instead of noise.
-        calib: Folder of images or config that int8 is calibrated on.
-        calib_images: At most so many of them.
-        gate_db: Signal-to-noise ratio that every stage keeps in int8.
-        max_drop: Points of AP or mIoU that int8 may lose; not measured where None.
-        others: Options of single formats that were given.
-    """
-
-    formats: Sequence[tuple[Format, bool]]
-    sizes: Sequence[tuple[int, int]] = ((512, 512),)
-    batch: int = 1
-    plan: Plan | Literal['auto'] = 'full'
-    dtype: str | None = None
-    dynamic: str = 'none'
-    preprocess: bool = False
-    parity: bool = True
-    parity_input: Path | None = None
-    allow_odd: bool = False
-    force: bool = False
-    strict: bool = False
-    seed: int = 0
-    calib: Path | None = None
-    calib_images: int = ENOUGH_IMAGES
-    gate_db: float = GATE_DB
-    max_drop: float | None = None
-    others: tuple[tuple[str, Any], ...] = ()
-
-    def tolerance(self, dtype: str) -> Tolerance:
-        """What artifacts of this dtype must keep to."""
-        if dtype == 'int8':
-            # The gate holds on average; the one image that is kept may be lower.
-            return Tolerance(sqnr_db=self.gate_db - 5)
-        return TOLERANCES[dtype]
+#: The open dimensions that a complete model is given where none are named, the most first.
+MOST_OPEN = ('batch-hw', 'hw', 'batch', 'none')
 
 
 class Export:
@@ -127,9 +91,31 @@ class Export:
 
     def __init__(self, source: Source, options: Options, folder: Path, log: Console) -> None:
         self.source, self.options, self.folder, self.log = source, options, folder, log
-        self.warnings: list[str] = []
-        self.skipped: list[Record] = []
-        self.failures: list[tuple[str, Exception]] = []
+        self.report = Report(folder, _empty_record())
+        self.failed: list[tuple[str, Exception]] = []
+        self.complete = source.scope == 'model'
+        self._check_combinations()
+        parity_input = options.parity_input
+        self.picture = load_picture(parity_input, source.loader) if parity_input else None
+        self.preprocess = self._preprocess()
+        self.target = self._target(source.model)
+        self.formats = self._usable_formats()
+        for size in options.sizes:
+            self._check_size(size)
+        self.plans = {row.name: self._plan(row) for row in self.formats}
+        self.fused = {plan: self._fuse(plan) for plan, _ in self.plans.values()}
+        # What is inexact was asked for by name: it is reported, and what is exported is compared.
+        inexact = [model for model in self.fused.values() if inexact_kinds(model)]
+        self.reference: Any = inexact[0] if inexact else source.model
+        self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
+        self.settings = self._settings()
+        make_folder(folder)
+        self._check_nothing_is_lost()
+
+    # --- before anything is written
+
+    def _check_combinations(self) -> None:
+        source, options = self.source, self.options
         if options.dtype == 'int8' and options.calib is None:
             raise UsageError(
                 '--dtype int8 needs --calib, a folder of images like those it will see, or a '
@@ -137,22 +123,22 @@ class Export:
             )
         if options.max_drop is not None and not (source.config and source.checkpoint):
             raise UsageError('--max-drop needs a config as MODEL and its CHECKPOINT to evaluate.')
-        parity_input = options.parity_input
-        self.picture = load_picture(parity_input, source.loader) if parity_input else None
-        self.formats = self._usable_formats()
-        for size in options.sizes:
-            self._check_size(size)
-        self.preprocess = self._preprocess()
-        self.plans = {row.name: self._plan(row) for row in self.formats}
-        self.fused = {plan: self._fuse(plan) for plan, _ in self.plans.values()}
-        # What is inexact was asked for by name: it is reported, and what is exported is compared.
-        inexact = [model for model in self.fused.values() if report_of(model).inexact]
-        self.reference = inexact[0] if inexact else source.model
-        self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
-        make_folder(folder)
-        self._check_nothing_is_lost()
+        if self.complete and options.plan == 'auto':
+            raise UsageError('--plan auto is for --scope backbone; name a plan.')
+        if not self.complete and (options.nms, options.output) != ('graph', 'classes'):
+            raise UsageError('--nms and --output are for --scope model, and this is a backbone.')
 
-    # --- before anything is written
+    def _target(self, model: nn.Module) -> Target:
+        """What is exported, over a form of the model."""
+        if not self.complete:
+            return BackboneTarget(model, self.preprocess)  # type: ignore[arg-type]
+        if hasattr(model, 'decode_head'):
+            if self.options.nms != 'graph':
+                raise UsageError('--nms is for detectors, and this is a segmentor.')
+            return SegmentorTarget(model, self.preprocess, output=self.options.output)
+        if self.options.output != 'classes':
+            raise UsageError('--output is for segmentors, and this is a detector.')
+        return DetectorTarget(model, self.preprocess, nms=self.options.nms)
 
     def _usable_formats(self) -> list[Format]:
         """The formats that can be written; a named one that cannot stops the run."""
@@ -161,7 +147,7 @@ class Export:
             try:
                 row.check_installed(self.options.dtype)
                 self._check_options(row)
-                for warning in row.check():
+                for warning in row.warnings():
                     self.warn(f'{row.name}: {warning}')
                     if self.options.strict:
                         raise DependencyError(f'--strict: {row.name}: {warning}.')
@@ -174,7 +160,7 @@ class Export:
         if not usable:
             raise DependencyError(
                 'none of the formats can be written here: '
-                + '; '.join(f'{s["format"]}: {s["reason"]}' for s in self.skipped)
+                + '; '.join(f'{s["format"]}: {s["reason"]}' for s in self.report.skipped)
             )
         return usable
 
@@ -185,27 +171,42 @@ class Export:
                 f'--dtype {options.dtype} is not possible for {row.name}; it has '
                 f'{", ".join(row.dtypes)}.'
             )
-        if reason := row.dynamic[options.dynamic]:
-            raise UsageError(
-                f'--dynamic {options.dynamic} is not possible for {row.name}: {reason}.'
-            )
-        if options.preprocess and not row.has_operations:
+        if reason := row.refuse_target(self.target) or self.target.refuse(row.name, 'none'):
+            raise UsageError(f'--format {row.name} is not possible for this model: {reason}.')
+        dynamic = self._dynamic(row)
+        if reason := row.refuse_dynamic(dynamic) or self.target.refuse(row.name, dynamic):
+            raise UsageError(f'--dynamic {dynamic} is not possible for {row.name}: {reason}.')
+        if options.preprocess == 'embed' and not row.has_operations:
             raise UsageError(
                 f'--preprocess embed is not possible for {row.name}: it holds weights alone, and '
                 'the data_preprocessor of the config they are loaded in normalises the images.'
             )
-        for name, _ in options.others:
+        if row.name == 'onnx' and (options.opset or 0) >= 22 and self.target.translations:
+            raise UsageError(
+                f'--opset {options.opset} is not possible for detectors: ONNX Runtime has no '
+                'RoiAlign of opset 22 and later; give --opset 21 or lower.'
+            )
+        for name in options.others:
             if not any(name in other.options for other, _ in options.formats):
                 raise UsageError(
                     f'--{name.replace("_", "-")} is not an option of {row.name}; leave it out.'
                 )
 
+    def _dynamic(self, row: Format) -> str:
+        """The open dimensions of a format: those asked for, or of a complete model all it can."""
+        if self.options.dynamic is not None:
+            return self.options.dynamic
+        if not self.complete:
+            return 'none'
+        return next(
+            d for d in MOST_OPEN if not (row.refuse_dynamic(d) or self.target.refuse(row.name, d))
+        )
+
     def _check_size(self, size: tuple[int, int]) -> None:
-        model, options = self.source.model, self.options
-        stride = model.strides[model.out_indices[-1]]
+        stride = self.target.step
         for side in size:
             left = side % stride
-            if left and not options.allow_odd:
+            if left and not self.options.allow_odd:
                 below = [f'{side - left}'] if side > stride else []
                 either = ' or '.join([*below, f'{side - left + stride}'])
                 raise UsageError(
@@ -215,9 +216,11 @@ class Export:
 
     def _preprocess(self) -> Preprocess | None:
         """What is built into the artifacts."""
-        if not self.options.preprocess:
+        asked = self.options.preprocess
+        if asked == 'none' or (asked is None and not self.complete):
             return None
-        if (preprocess := Preprocess.of(self.source.preprocessor)) is None:
+        preprocess = Preprocess.of(self.source.preprocessor)
+        if preprocess is None and asked == 'embed':
             raise UsageError(
                 '--preprocess embed needs a config whose data_preprocessor has mean and std; '
                 f'{self.source.config or self.source.name} has none.'
@@ -228,7 +231,8 @@ class Export:
         """The plan for a format, and why."""
         options = self.options
         if options.plan != 'auto':
-            return options.plan, WHY[options.plan]
+            plan: Any = options.plan
+            return plan, WHY[plan]
         self.say(f'measuring plans for {row.name}')
         shape = (options.batch, 3, *options.sizes[0])
         dtype = options.dtype or row.dtypes[0]
@@ -238,13 +242,9 @@ class Export:
         self.say(f'      {choice.plan}: {choice.why}')
         return choice.plan, choice.why
 
-    def _fuse(self, plan: Plan) -> PyramidBackbone:
-        try:
-            # Whoever asks for a plan by its name has chosen it.
-            model = reparameterize(self.source.model, plan, accept_inexact=True)
-        except ValueError as error:
-            raise ModelError(f'{error} Or pass --plan {self.source.model.plan}.') from error
-        for kind in sorted({rewrite.exactness for rewrite in report_of(model).inexact}):
+    def _fuse(self, plan: Plan) -> nn.Module:
+        model = fused_model(self.source, plan)
+        for kind in sorted(inexact_kinds(model)):
             self.warn(
                 f'plan {plan} is not exact ({INEXACT[kind]}): artifacts are compared with the '
                 'fused network, and proof_float64 in report.json says how far that is off'
@@ -252,54 +252,64 @@ class Export:
         return model
 
     def _jobs(self, size: tuple[int, int]) -> list[tuple[Format, Job]]:
-        """One job per dtype and plan, shared by formats, so that each is traced once."""
-        jobs: dict[tuple[str, Plan], Job] = {}
+        """One job per dtype, plan and open dimensions, shared by formats: each is traced once."""
+        jobs: dict[tuple[str, Plan, str], Job] = {}
         pairs = []
         for row in self.formats:
-            key = self.options.dtype or row.dtypes[0], self.plans[row.name][0]
+            dtype = self.options.dtype or row.dtypes[0]
+            key = dtype, self.plans[row.name][0], self._dynamic(row)
             if key not in jobs:
                 jobs[key] = self._job(size, *key)
-            pairs.append((row, jobs[key]))
+            job = jobs[key]
+            target = job.target.for_format(row.name)
+            if target is not job.target:
+                metadata = job.metadata | {'inputs': replace(job, target=target).input_names}
+                job = replace(job, target=target, metadata=metadata)
+            pairs.append((row, job))
         return pairs
 
-    def _job(self, size: tuple[int, int], dtype: str, plan: Plan) -> Job:
-        source, options, model = self.source, self.options, self.fused[plan]
-        others = dict(options.others)
-        metadata = {
+    def _job(self, size: tuple[int, int], dtype: str, plan: Plan, dynamic: str) -> Job:
+        source, options = self.source, self.options
+        target = self._target(self.fused[plan]).eval()
+        others = options.others
+        job = Job(target, size, {}, batch=options.batch, dynamic=dynamic, dtype=dtype, **others)
+        job.metadata = {
             'version': __version__,
-            'family': type(model).__name__,
+            'title': f'{source.name}, {source.family}, fused with plan {plan}',
+            'task': target.task,
+            'family': source.family,
             'arch': source.arch,
             'plan': plan,
-            'out_indices': list(model.out_indices),
-            'out_channels': list(model.out_channels),
-            'out_strides': list(model.out_strides),
+            **target.description(),
+            'inputs': job.input_names,
+            'outputs': list(target.output_names),
             'size': list(size),
             'batch': options.batch,
-            'dynamic': options.dynamic,
-            'least_side': model.least_side,
+            'dynamic': dynamic,
+            'least_side': target.least_side,
             'dtype': dtype,
             'weights': source.weights,
             'checkpoint_sha256': source.checkpoint_sha256,
             'layout': 'NCHW',
             'device': others.get('device', 'cpu'),
             'preprocess': asdict(self.preprocess) if self.preprocess else None,
-            'golden': golden_name(size, options.batch, dtype, self.preprocess),
+            'golden': golden_name(size, options.batch, dtype, self.preprocess, target),
         }
-        names = tuple(f'stage{i}' for i in model.out_indices)
-        return Job(
-            model,
-            size,
-            names,
-            metadata,
-            batch=options.batch,
-            dynamic=options.dynamic,
-            dtype=dtype,
-            preprocess=self.preprocess,
-            **others,
-        )
+        return job
+
+    def _settings(self) -> Record | None:
+        """What goes into model.json; None for a backbone, or where no predictor is written."""
+        if not self.complete:
+            return None
+        try:
+            return settings_of(self.source, self.target)
+        except Unshippable as error:
+            self.warn(f'no {", ".join(("model.json", "predict.py"))} is written: {error}')
+            return None
 
     def _check_nothing_is_lost(self) -> None:
-        there = [path for path in map(self.target, self.jobs) if path.exists()]
+        """Refuse to replace artifacts, or to mix those of several models, unless forced."""
+        there = [path for pair in self.jobs if (path := self.path_of(pair)).exists()]
         if there and not self.options.force:
             raise UsageError(f'{there[0]} exists already; add --force to replace it.')
         self.earlier = None
@@ -308,10 +318,7 @@ class Export:
                 self.earlier = Report.load(self.folder)
         if self.earlier is None:
             return
-        mine, other = self._model_record(), self.earlier.data['model']
-        same = ['arch', 'checkpoint_sha256', 'out_strides']
-        same += ['seed'] if self.source.weights == 'random' else []
-        if any(mine[key] != other.get(key) for key in same):
+        if not self._model_record().same_as(self.earlier.model):
             if not self.options.force:
                 raise UsageError(
                     f'{self.folder} holds artifacts of another model or other weights; give '
@@ -319,7 +326,7 @@ class Export:
                 )
             self.earlier = None
 
-    def target(self, pair: tuple[Format, Job]) -> Path:
+    def path_of(self, pair: tuple[Format, Job]) -> Path:
         """Where an artifact goes: `NAME_512x512_b1_PLAN_DTYPE`, and what is open in it."""
         row, job = pair
         height, width = job.size
@@ -331,7 +338,10 @@ class Export:
             job.dtype,
         ]
         parts += [job.dynamic] if job.dynamic != 'none' else []
-        parts += ['raw'] if job.preprocess else []
+        if bool(self.preprocess) != self.complete:
+            parts += ['raw'] if self.preprocess else ['normalized']
+        parts += ['host'] if self.options.nms == 'host' else []
+        parts += ['logits'] if self.options.output == 'logits' else []
         parts += [job.device] if job.device != 'cpu' and 'device' in row.options else []
         return self.folder / ('_'.join(parts) + row.suffix)
 
@@ -349,63 +359,59 @@ class Export:
             return self._export_all()
 
     def _export_all(self) -> Report:
-        report = Report.start(
-            self.folder, self._model_record(), [self._plan_record(plan) for plan in self.fused]
-        )
+        report = self.report
+        report.model = self._model_record()
+        report.plans = [self._plan_record(plan) for plan in self.fused]
         if self.source.weights == 'random':
             self.warn(RANDOM_WEIGHTS)
         with partial_folder(self.folder) as partial:
             goldens: dict[str, list[Golden]] = {}
             for n, (row, job) in enumerate(self.jobs, 1):
-                name = job.metadata['golden']
+                name = f'{job.metadata["golden"]} {job.dynamic}'
                 if name not in goldens:
                     goldens[name] = self._goldens(job, partial)
                 self.say(f'[{n}/{len(self.jobs)}] {row.name}')
                 try:
                     with disk_errors(self.folder):
-                        self._one(row, job, goldens[name], partial, report)
+                        self._one(row, job, goldens[name], partial)
                 except (ExportError, ParityError, DependencyError) as error:
                     # Without its traceback, which keeps files open that fill the disk.
-                    self.failures.append((row.name, type(error)(str(error))))
+                    self.failed.append((row.name, type(error)(str(error))))
                     self.say(f'      FAILED: {error}')
                     for left in partial.iterdir():
                         remove(left)
-        data = report.data
         if self.earlier is not None:
             report.keep(self.earlier)
-        data['warnings'], data['skipped'] = self.warnings, self.skipped
-        data['failures'] = [{'format': name, 'reason': str(error)} for name, error in self.failures]
-        data['status'] = 'failed' if self.failures else 'ok'
+        report.failures = [{'format': name, 'reason': str(error)} for name, error in self.failed]
+        report.status = 'failed' if self.failed else 'ok'
         with disk_errors(self.folder):
+            if self.settings is not None and report.artifacts:
+                ship(self.folder, self.settings, report.artifacts)
             report.save()
         return report
 
     def raise_failures(self) -> None:
         """Raise what stopped a format, if anything did."""
-        if not self.failures:
+        if not self.failed:
             return
-        error = self.failures[0][1]
-        if len(self.failures) == len(self.jobs) and len({type(e) for _, e in self.failures}) == 1:
+        error = self.failed[0][1]
+        if len(self.failed) == len(self.jobs) and len({type(e) for _, e in self.failed}) == 1:
             raise error
         raise SomeFailedError(
-            f'{len(self.failures)} of {len(self.jobs)} artifacts failed: '
-            + '; '.join(f'{name}: {error}' for name, error in self.failures)
+            f'{len(self.failed)} of {len(self.jobs)} artifacts failed: '
+            + '; '.join(f'{name}: {error}' for name, error in self.failed)
         )
 
     def _goldens(self, job: Job, partial: Path) -> list[Golden]:
-        """What the network itself makes of the images to compare on; the first is kept."""
-        model = self.source.model
-        reference = job.with_preprocess(self.reference)
-        stride = model.strides[model.out_indices[-1]]
-        shapes = [job.shape, *other_shapes(job.shape, job.dynamic, stride)]
-        items = []
-        for shape in shapes:
-            image = self._image(job, shape)
+        """What the model itself makes of the images to compare on; the first is kept."""
+        items: list[Golden] = []
+        for inputs in self._inputs(job):
+            shape = tuple(inputs['image'].shape)
             try:
-                items.append(golden(reference, image, job.output_names))
+                items.append(self._golden(job, inputs))
             except (ValueError, RuntimeError) as error:
                 text = ' '.join(str(error).split())
-                if shape is job.shape:
+                if shape == job.shape:
                     raise ModelError(
                         f'{self.source.name} cannot compute {shape}: {text}'
                     ) from error
@@ -419,25 +425,61 @@ class Export:
             place(partial / name, self.folder / name)
         return items
 
-    def _image(self, job: Job, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    def _golden(self, job: Job, inputs: dict[str, Tensor]) -> Golden:
+        parity = PARITIES[job.target.task]
+        if isinstance(parity, FeatureParity):
+            return parity.of(BackboneTarget(self.reference, self.preprocess), inputs)
+        fused = self.fused[job.metadata['plan']]
+        with muffled():
+            return parity.golden(job.target, self.reference, fused, inputs)
+
+    def _inputs(self, job: Job) -> list[dict[str, Tensor]]:
+        """The images to compare on: as exported, blank for a complete model, of other shapes."""
+        shapes: list[tuple[int, int, int, int]] = [job.shape]
+        stride = self.target.step if not self.complete else 32
+        shapes += other_shapes(job.shape, job.dynamic, stride)
+        images = [self._image(job, shape) for shape in shapes]
+        images += [torch.zeros(job.shape)] if self.complete else []
+        found = []
+        for number, image in enumerate(images):
+            batch, _, height, width = image.shape
+            size = height, width
+            inputs = {'image': image}
+            for extra in self.target.extras:
+                value = extra.of(batch, size)
+                if extra.per_image and number == 1:  # padded on the right and below
+                    value = value - torch.tensor([height // 5, width // 7]).to(value)
+                    value = self._cleared(image, value)
+                elif extra.name == OUT_SIZE and number:
+                    value = value * 5 // 4 + 3
+                inputs[extra.name] = value
+            found.append(inputs)
+        return found
+
+    @staticmethod
+    def _cleared(image: Tensor, sizes: Tensor) -> Tensor:
+        """Write zeros outside of the sizes, in place; returns the sizes."""
+        for own, (height, width) in zip(image, sizes.int().tolist()):
+            own[:, height:], own[:, :, width:] = 0, 0
+        return sizes
+
+    def _image(self, job: Job, shape: tuple[int, int, int, int]) -> Tensor:
         if job.dtype == 'int8':
             picture = torch.from_numpy(self._calibration(job, shape[2:])[0])
         elif self.picture is not None:
-            picture = self._applied(job).apply(cover(self.picture[None], shape[2:]))
+            picture = self._applied().apply(cover(self.picture[None], shape[2:]))
         else:
             image = noise(shape, self.options.seed)
-            return job.preprocess.undo(image) if job.preprocess else image
+            return self.preprocess.undo(image) if self.preprocess else image
         return picture.expand(shape).contiguous()
 
-    def _applied(self, job: Job) -> Preprocess:
+    def _applied(self) -> Preprocess:
         """What is done to an image as loaded, before it is given to an artifact."""
-        return RAW if job.preprocess else Preprocess.of(self.source.preprocessor) or IMAGENET
+        return RAW if self.preprocess else Preprocess.of(self.source.preprocessor) or IMAGENET
 
-    def _one(
-        self, row: Format, job: Job, goldens: list[Golden], partial: Path, report: Report
-    ) -> None:
+    def _one(self, row: Format, job: Job, goldens: list[Golden], partial: Path) -> None:
         """Export, inspect and compare one artifact, and move it to where it belongs."""
-        target = self.target((row, job))
+        target = self.path_of((row, job))
         written = partial / target.name
         start = time.perf_counter()
         try:
@@ -450,12 +492,11 @@ class Export:
         seconds = time.perf_counter() - start
         with muffled():
             operations = row.operations(row.file(written))
-        if job.metadata['plan'] != 'upstream' and (left := batch_norms(operations)):
-            raise ExportError(
-                f'{row.name} holds {left} BatchNorm, though plan {job.metadata["plan"]} leaves '
-                'none; please report this.'
-            )
+        self._check_norms(row, job, operations)
         rows, status, runtime, precision = self._compare(row, job, written, goldens)
+        metric = self._metric(row, job, written) if status == 'ok' else None
+        if metric and metric['value'] < metric['reference'] - metric['max_drop']:
+            status = 'FAILED'
         if status == 'FAILED':
             rejected = self.folder / REJECTED
             rejected.mkdir(exist_ok=True)
@@ -464,44 +505,77 @@ class Export:
         for name in row.companions:
             shutil.copy(Path(__file__).with_name(name), self.folder)
         path = str(target.relative_to(self.folder))
-        report.data['parity'] += [
-            {'path': path, 'format': row.name, 'runtime': runtime, 'precision': precision, **r}
+        self.report.parity += [
+            ParityRecord(
+                path, row.name, runtime, precision, r.output, r.passed, r.text, dict(r.measures)
+            )
             for r in rows
         ]
-        report.data['artifacts'].append(
-            {
-                'format': row.name,
-                'path': path,
-                'golden': job.metadata['golden'],
-                'status': status,
-                'sha256': digest(target),
-                'bytes': size_of(target),
-                'opset': job.opset if 'opset' in row.options else None,
-                'dtype': job.dtype,
-                'plan': job.metadata['plan'],
-                'why': self.plans[row.name][1],
-                'size': list(job.size),
-                'dynamic': job.dynamic,
-                'inputs': ['image'],
-                'outputs': list(job.output_names),
-                'operations': dict(operations.most_common()),
-                'bn_left': batch_norms(operations),
-                'convs': convolutions(operations),
-                'metadata': job.metadata,
-                'quantization': quantization,
-                'tolerance': asdict(self.options.tolerance(job.dtype)),
-                'seconds': round(seconds, 2),
-            }
+        tolerance = self.options.tolerance(job.dtype)
+        self.report.artifacts.append(
+            ArtifactRecord(
+                format=row.name,
+                path=path,
+                golden=job.metadata['golden'],
+                status=status,
+                sha256=digest(target),
+                bytes=size_of(target),
+                opset=job.opset if 'opset' in row.options else None,
+                dtype=job.dtype,
+                plan=job.metadata['plan'],
+                why=self.plans[row.name][1],
+                size=list(job.size),
+                batch=job.batch,
+                dynamic=job.dynamic,
+                inputs=job.input_names,
+                outputs=list(job.target.output_names),
+                operations=dict(operations.most_common()),
+                bn_left=batch_norms(operations),
+                convs=convolutions(operations),
+                metadata=job.metadata,
+                quantization=quantization,
+                metric=metric,
+                tolerance=asdict(tolerance),
+                seconds=round(seconds, 2),
+            )
         )
         if status == 'FAILED':
-            worst = max(rows, key=lambda r: r['max_rel'])
-            raise ParityError(
-                f'{row.name} differs from the network by {worst["max_rel"]:.2e} of '
-                f"{worst['output']}'s std (SQNR {worst['sqnr_db']:.0f} dB; allowed: "
-                f'{self.options.tolerance(job.dtype)}); it was moved to {target}.'
-            )
+            self._raise_parity(row, job, rows, metric, target)
         self.say(
             f'      {status}: {shown(target)} ({size_of(target) / 1e6:.1f} MB, {seconds:.1f} s)'
+        )
+
+    def _check_norms(self, row: Format, job: Job, operations: Counter[str]) -> None:
+        """Refuse norms that fusing should have removed."""
+        left = batch_norms(operations)
+        model = self.fused[job.metadata['plan']]
+        expected = sum(isinstance(module, _BatchNorm) for module in model.modules())
+        if job.metadata['plan'] != 'upstream' and left > expected:
+            raise ExportError(
+                f'{row.name} holds {left} BatchNorm, though plan {job.metadata["plan"]} leaves '
+                f'{expected or "none"}; please report this.'
+            )
+
+    def _raise_parity(
+        self,
+        row: Format,
+        job: Job,
+        rows: Sequence[ParityRow],
+        metric: Record | None,
+        target: Path,
+    ) -> None:
+        worst = next((r for r in rows if not r.passed), None)
+        if worst is None and metric is not None:
+            raise ParityError(
+                '{name} is {value:.2f} with {label}, {reference:.2f} with PyTorch, which is more '
+                'than --max-drop {max_drop:g} points less; it was moved to {target}.'.format(
+                    **metric, label=row.name, target=target
+                )
+            )
+        assert worst is not None
+        raise ParityError(
+            f'{row.name} differs from the network in {worst.output}: {worst.text} (allowed: '
+            f'{self.options.tolerance(job.dtype)}); it was moved to {target}.'
         )
 
     def _write(self, row: Format, job: Job, written: Path) -> Record | None:
@@ -516,9 +590,7 @@ class Export:
             row.export(replace(job, dtype='fp32', metadata=metadata), full)
         metric = None
         if self.options.max_drop is not None:
-            config, checkpoint = self.source.config, self.source.checkpoint
-            assert config and checkpoint, 'refused before'
-            metric = TaskMetric(config, checkpoint, max_drop=self.options.max_drop)
+            metric = self._task_metric()
         report = quantize(
             full,
             written,
@@ -529,22 +601,48 @@ class Export:
         )
         return report.as_record()
 
+    def _task_metric(self) -> TaskMetric:
+        config, checkpoint = self.source.config, self.source.checkpoint
+        assert config and checkpoint and self.options.max_drop is not None, 'refused before'
+        return TaskMetric(
+            config,
+            checkpoint,
+            max_drop=self.options.max_drop,
+            scope='model' if self.complete else 'backbone',
+        )
+
+    def _metric(self, row: Format, job: Job, written: Path) -> Record | None:
+        """The task metric of an artifact beside PyTorch's, where it is asked for."""
+        if self.options.max_drop is None or job.dtype == 'int8' or row.runtime is None:
+            return None
+        metric = self._task_metric()
+        self.say('      evaluating PyTorch and the artifact')
+        name, reference = metric(None)
+        value = metric(row.file(written))[1]
+        self.say(f'      {name} {value:.2f}, {reference:.2f} in PyTorch')
+        return {
+            'name': name,
+            'value': value,
+            'reference': reference,
+            'max_drop': metric.max_drop,
+        }
+
     def _calibration(self, job: Job, size: tuple[int, int]) -> Sequence[np.ndarray]:
         """Images as the artifact requires them; the first `HELD_OUT` are not calibrated on."""
         assert self.options.calib is not None, 'refused before'
         return calibration_images(
             self.options.calib,
             size,
-            RAW if job.preprocess else Preprocess.of(self.source.preprocessor),
+            RAW if self.preprocess else Preprocess.of(self.source.preprocessor),
             limit=self.options.calib_images + HELD_OUT,
             loader=self.source.loader,
         )
 
     def _compare(
         self, row: Format, job: Job, written: Path, goldens: list[Golden]
-    ) -> tuple[list[Record], str, str | None, str | None]:
-        """Parity records, status, and what ran the artifact in which precision."""
-        if row.runtime is None or not self.options.parity:
+    ) -> tuple[list[ParityRow], str, str | None, str | None]:
+        """Parity rows, status, and what ran the artifact in which precision."""
+        if row.runtime is None or self.options.parity == 'off':
             return [], UNVERIFIED, None, None
         tolerance = self.options.tolerance(job.dtype)
         try:
@@ -555,75 +653,95 @@ class Export:
             raise ExportError(
                 f'{row.name} was written, but its runtime does not accept it: {error}'
             ) from error
-        status = 'ok' if all(result.passed for result in results) else 'FAILED'
-        return [result.as_record() for result in results], status, runtime, precision
+        status = 'ok' if results and all(result.passed for result in results) else 'FAILED'
+        return results, status, runtime, precision
 
     # --- records
 
-    def _model_record(self) -> Record:
+    def _model_record(self) -> ModelRecord:
         source, size = self.source, self.options.sizes[0]
         fused = next(iter(self.fused.values()))
-        return {
-            'name': source.name,
-            'family': type(source.model).__name__,
-            'arch': source.arch,
-            'config': source.config,
-            'checkpoint': source.checkpoint,
-            'checkpoint_sha256': source.checkpoint_sha256,
-            'weights_source': source.weights,
-            'seed': self.options.seed,
-            'params': count_parameters(fused),
-            'macs': count_macs(fused, size),
-            'size': list(size),
-            'out_channels': list(fused.out_channels),
-            'out_strides': list(fused.out_strides),
-        }
+        counted: Any = fused if not self.complete else _Features(fused)
+        return ModelRecord(
+            name=source.name,
+            task=self.target.task,
+            scope=source.scope,
+            family=source.family,
+            arch=source.arch,
+            config=source.config,
+            checkpoint=source.checkpoint,
+            checkpoint_sha256=source.checkpoint_sha256,
+            container=source.container,
+            weights_source=source.weights,
+            seed=self.options.seed,
+            params=count_parameters(fused),
+            macs=count_macs(counted, size),
+            size=list(size),
+            details=self.target.description(),
+        )
 
-    def _plan_record(self, plan: Plan) -> Record:
-        model, size = self.source.model, self.options.sizes[0]
+    def _plan_record(self, plan: Plan) -> PlanRecord:
+        source, size = self.source, self.options.sizes[0]
         fused = self.fused[plan]
-        fusion = report_of(fused)
-        # Fused in float64, so that the difference is the rewrites' own and no rounding of weights.
-        exact = copy.deepcopy(model).double()
-        proof = prove(exact, reparameterize(exact, plan, accept_inexact=True), size)
-        return {
-            'name': plan,
-            'steps': [asdict(step) for step in fusion.rewrites],
-            'proof_float64': [
+        own = [module for module in source.model.modules() if isinstance(module, Network)]
+        proof: list[Record] = []
+        if own:
+            # Fused in float64, so that the difference is the rewrites' own and no rounding of
+            # weights.
+            exact = copy.deepcopy(own[0]).double()
+            stages = prove(exact, reparameterize(exact, plan, accept_inexact=True), size)
+            proof = [
                 {'output': f'stage{i}', 'max_abs': stage.max_abs, 'max_rel': stage.max_rel}
-                for i, stage in zip(model.out_indices, proof, strict=True)
-            ],
-            'bn_left': len(fusion.norms_left),
-            'convs_before': _count_convolutions(model),
-            'convs_after': _count_convolutions(fused),
-        }
+                for i, stage in zip(own[0].out_indices, stages, strict=True)  # type: ignore[arg-type]
+            ]
+        reports = [m.fusion_report for m in fused.modules() if isinstance(m, Network)]
+        return PlanRecord(
+            name=plan,
+            steps=[asdict(step) for report in reports if report for step in report.rewrites],
+            proof_float64=proof,
+            bn_left=sum(isinstance(module, _BatchNorm) for module in fused.modules()),
+            convs_before=_count_convolutions(source.model),
+            convs_after=_count_convolutions(fused),
+        )
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        self.report.warnings.append(text)
         self.say(f'warning: {text}')
 
     def skip(self, row: Format, error: Exception) -> None:
         reason, _, fix = str(error).partition('; ')
-        self.skipped.append({'format': row.name, 'reason': reason, 'fix': fix})
+        self.report.skipped.append({'format': row.name, 'reason': reason, 'fix': fix})
         self.say(f'skipped {row.name}: {error}')
 
     def say(self, text: str) -> None:
         self.log.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def report_of(model: PyramidBackbone) -> FusionReport:
-    """What fusing this network did."""
-    assert model.fusion_report is not None, 'only fused networks are exported'
-    return model.fusion_report
+class _Features(nn.Module):
+    """Backbone and neck of a complete model, whose operations are counted."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Any:
+        return self.model.extract_feat(image)
+
+
+def _empty_record() -> ModelRecord:
+    """Until the model is fused."""
+    return ModelRecord('', '', '', '', '', None, None, None, '', '', 0, 0, 0, [0, 0], {})
 
 
 def golden_name(
-    size: tuple[int, int], batch: int, dtype: str, preprocess: Preprocess | None
+    size: tuple[int, int], batch: int, dtype: str, preprocess: Preprocess | None, target: Target
 ) -> str:
     """Artifacts for the same images share what they are compared with."""
     # int8 is compared on an image of its own: it has no range for noise.
     kind = '_int8' if dtype == 'int8' else ''
-    return f'golden_{size[0]}x{size[1]}_b{batch}{kind}{"_raw" if preprocess else ""}.npz'
+    raw = '_raw' if preprocess else ''
+    task = '' if target.task == 'backbone' else f'_{target.task}'
+    return f'golden_{size[0]}x{size[1]}_b{batch}{kind}{raw}{task}.npz'
 
 
 def _short(error: Exception, limit: int = 300) -> str:
@@ -632,5 +750,5 @@ def _short(error: Exception, limit: int = 300) -> str:
     return text if len(text) <= limit else f'{text[:limit]} ...'
 
 
-def _count_convolutions(model: PyramidBackbone) -> int:
-    return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+def _count_convolutions(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules())

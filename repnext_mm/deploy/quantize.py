@@ -24,12 +24,11 @@ from ..measure.environment import isa_flags
 from ..runtimes import open_artifact
 from .calibration import ENOUGH_IMAGES, CalibrationImages, check_count, check_pictures
 from .errors import ParityError, UsageError
+from .options import GATE_DB
 from .quantizers import CALIBRATORS, Quantizer, quantizer_for
 
 #: Of the images, so many are not calibrated on but compared on.
 HELD_OUT = 8
-#: Signal-to-noise ratio of every stage that is asked for.
-GATE_DB = 20.0
 #: More than this share of the layers in float, and there is nothing left to gain from int8.
 MOST_FLOAT = 0.5
 #: Images that ranges of channels are made equal on.
@@ -101,7 +100,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """AP or mIoU with an exported backbone in the place of the config's.
+    """AP or mIoU with an exported file in the place of the config's backbone, or of its model.
 
     Args:
         config: Config whose test data is evaluated.
@@ -109,6 +108,7 @@ class TaskMetric:
         name: Which of the printed metrics; the first of AP and mIoU when None.
         max_drop: Points that int8 may lose.
         options: Further arguments of tools/test.py.
+        scope: 'backbone' or 'model': what the file replaces.
     """
 
     config: str
@@ -116,16 +116,17 @@ class TaskMetric:
     name: str | None = None
     max_drop: float = 1.0
     options: tuple[str, ...] = ()
+    scope: str = 'backbone'
 
-    def __call__(self, artifact: Path) -> tuple[str, float]:
-        """Name and value, in points from 0 to 100.
+    def __call__(self, artifact: Path | None) -> tuple[str, float]:
+        """Name and value, in points from 0 to 100; PyTorch's without an artifact.
 
         Raises:
             UsageError: The evaluation fails.
         """
         with tempfile.TemporaryDirectory() as folder:
-            arguments = [self.config, self.checkpoint, '--backbone', str(artifact)]
-            arguments += ['--work-dir', folder, *self.options]
+            arguments = [self.config, self.checkpoint, '--work-dir', folder, *self.options]
+            arguments += [] if artifact is None else [f'--{self.scope}', str(artifact)]
             code = 'import sys; from repnext_mm.engine.cli import evaluate_main as main; '
             paths = [str(PACKAGE.parent), os.environ.get('PYTHONPATH', '')]
             # A process of its own: its worker threads end with it.

@@ -469,7 +469,7 @@ def quantizer_for(source: Path, folder: Path, calibrator: str, reduce_range: boo
 
 def _layer_name(text: str) -> str:
     """The module that a weight or an operation comes from, as far as its name says."""
-    return text.removeprefix('backbone.').removesuffix('.weight').split('/')[0]
+    return text.removeprefix('model.').removesuffix('.weight').split('/')[0]
 
 
 def _batch(model: Any) -> int:

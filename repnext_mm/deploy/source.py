@@ -1,7 +1,10 @@
-"""What to deploy: MODEL and CHECKPOINT of the command line, as a network with weights."""
+"""What to deploy: MODEL and CHECKPOINT of the command line, as a model with weights."""
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,10 @@ from ..checkpoints.matching import find_fit
 from ..checkpoints.reading import Weights
 from ..configs import is_config_name
 from ..engine.errors import UserError
+from ..network import Network, Plan
 from ..text import closest
 from .calibration import config_loader
-from .errors import ModelError
+from .errors import ModelError, UsageError
 
 #: Every name that MODEL may be, with its family and arch.
 NAMES = names()
@@ -27,35 +31,54 @@ WEIGHT_SUFFIXES = ('.pth', '.pt', '.tar', '.safetensors', '.bin')
 
 @dataclass
 class Source:
-    """A network to deploy.
+    """A model to deploy.
 
     Args:
         name: What its artifacts are called.
-        model: The network as its checkpoint holds it, in eval mode: what all else is compared with.
+        model: The model as its checkpoint holds it, in eval mode: what all else is compared with.
         weights: 'random' or 'checkpoint'.
+        scope: 'backbone', or 'model' for a complete detector or segmentor.
         checkpoint: Where the weights are from.
         checkpoint_sha256: Of that file.
+        container: Under which key of it they were.
         config: The config it is from.
+        cfg: The same, read.
         preprocessor: The config's `data_preprocessor`.
         classes: The names of the config's classes.
         loader: How the config loads images, for `read_image`.
     """
 
     name: str
-    model: PyramidBackbone
+    model: Any
     weights: str
+    scope: str = 'backbone'
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
+    container: str = ''
     config: str | None = None
+    cfg: Any = None
     preprocessor: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
     loader: dict[str, Any] | None = None
 
     @property
+    def family(self) -> str:
+        """The class of the network, or of the complete model."""
+        return type(self.model).__name__
+
+    @property
     def arch(self) -> str | dict[str, Any]:
-        """What `arch=` builds this network from."""
-        named = self.model.arch in self.model.arch_zoo
-        return self.model.arch if named else self.model.settings
+        """What `arch=` builds this network, or the backbone of this model, from."""
+        network = self.model if self.scope == 'backbone' else self.model.backbone
+        if not isinstance(network, PyramidBackbone):
+            return type(network).__name__
+        return network.arch if network.arch in network.arch_zoo else network.settings
+
+    @property
+    def plan(self) -> str | None:
+        """The plan that its backbone was fused with already."""
+        plans = [m.plan for m in self.model.modules() if isinstance(m, Network)]
+        return next((plan for plan in plans if plan is not None), None)
 
 
 def load_source(
@@ -65,13 +88,25 @@ def load_source(
     out_indices: tuple[int, ...] | None = None,
     allow_partial: bool = False,
     seed: int = 0,
+    scope: str | None = None,
 ) -> Source:
-    """Build the network `name` (arch name, config, or weight file) and load its weights.
+    """Build the model `name` (arch name, config, or weight file) and load its weights.
+
+    Args:
+        scope: 'backbone', or 'model' for all of a config's detector or segmentor; None is 'model'
+            for a config with a checkpoint of a complete model.
 
     Raises:
         ModelError: There is no such model, or the checkpoint cannot be used for it.
     """
     try:
+        is_config = name not in NAMES and is_config_name(name)
+        if scope == 'model' and not (is_config and checkpoint):
+            raise UsageError('--scope model needs the config of a training and its checkpoint.')
+        if is_config and checkpoint and scope != 'backbone' and out_indices is None:
+            complete = read_weights(fetch(checkpoint))
+            if scope == 'model' or _is_complete(complete):
+                return _load_complete(name, complete, allow_partial)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             source, weights = _build_source(name, checkpoint is None, out_indices)
@@ -81,7 +116,7 @@ def load_source(
             draw_weights(source.model, seed)
         else:
             _load(source, weights, allow_partial)
-    except ModelError:
+    except (ModelError, UsageError):
         raise
     except (ValueError, UserError) as error:
         raise ModelError(str(error)) from error
@@ -143,6 +178,7 @@ def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
         _build(family, settings, out_indices),
         'random',
         config=path,
+        cfg=cfg,
         preprocessor=dict(preprocessor) if preprocessor else None,
         classes=config_classes(cfg),
         loader=config_loader(cfg),
@@ -178,9 +214,111 @@ def _load(source: Source, weights: Weights, allow_partial: bool) -> None:
             'from before the training diverged.'
         )
     source.model = model
+    _note(source, weights)
+
+
+def _note(source: Source, weights: Weights) -> None:
+    """Say in the source where its weights are from."""
     source.weights = 'checkpoint'
-    source.checkpoint = weights.label
-    source.checkpoint_sha256 = weights.sha256
+    source.checkpoint, source.checkpoint_sha256 = weights.label, weights.sha256
+    source.container = weights.container
+
+
+# --- complete models
+
+
+def _is_complete(weights: Weights) -> bool:
+    """Whether a file has more than a backbone, by the names of its tensors."""
+    return any(re.search(r'(^|\.)\w*head\.', key) for key in weights.tensors) and any(
+        re.search(r'(^|\.)backbone\.', key) for key in weights.tensors
+    )
+
+
+def _load_complete(path: str, weights: Weights, allow_partial: bool) -> Source:
+    """The detector or segmentor of a config, with the weights of a file."""
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, DefaultScope
+
+    from ..engine.cli import import_framework
+    from ..engine.config_file import load_config
+    from ..engine.preflight import check_config, require
+    from ..engine.preflight.model import check_model
+    from ..engine.resume import require_fit
+    from ..engine.stored import config_classes, require_classes
+
+    cfg = load_config(path, {}, None, 'none')
+    import_framework(cfg.get('default_scope'))
+    require(check_config(cfg))
+    tensors = {_plain(key): tensor for key, tensor in weights.tensors.items()}
+    settings = copy.deepcopy(cfg.model)
+    if 'pretrained' in settings:
+        settings.pretrained = None
+    plan = _fused_with(tensors)
+    for backbone in backbone_configs(settings):
+        backbone.init_cfg = None
+        if plan is not None:
+            backbone.deploy = plan
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = revert_sync_batchnorm(MODELS.build(settings)).eval()
+    classes = config_classes(cfg)
+    require_classes({'meta': weights.meta}, classes, weights.label)
+    content = {'state_dict': tensors, 'meta': weights.meta}
+    require_fit(model, content, weights.label, least=0.0 if allow_partial else 1.0)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    fitting = {k: v for k, v in tensors.items() if shapes.get(k) == v.shape}
+    model.load_state_dict(fitting, strict=False)
+    require(check_model(model, classes))
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    source = Source(
+        Path(path).stem,
+        model.eval(),
+        'checkpoint',
+        scope='model',
+        config=path,
+        cfg=cfg,
+        preprocessor=dict(preprocessor) if preprocessor else None,
+        classes=classes or _meta_classes(weights),
+        loader=config_loader(cfg),
+    )
+    _note(source, weights)
+    return source
+
+
+def _plain(key: str) -> str:
+    """A key without what wrappers (DDP, averages, torch.compile) put before it."""
+    return re.sub(r'^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', key)
+
+
+def _fused_with(tensors: Mapping[str, torch.Tensor]) -> Plan | None:
+    """The plan of a backbone of this package in a file of a complete model, if it is fused."""
+    shapes = {k: t.shape for k, t in tensors.items() if k.startswith('backbone.')}
+    fit = find_fit(shapes, 'backbone.') if shapes else None
+    return fit.plan if fit is not None else None
+
+
+def _meta_classes(weights: Weights) -> tuple[str, ...] | None:
+    from ..engine.stored import checkpoints_classes
+
+    return checkpoints_classes({'meta': weights.meta})
+
+
+def backbone_configs(node: Any) -> Iterator[Any]:
+    """Every part of a model's config that builds one of this package's backbones."""
+    from mmengine.registry import MODELS
+
+    if isinstance(node, dict):
+        kind = node.get('type')
+        family = MODELS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(family, type) and issubclass(family, Network):
+            yield node
+        for value in node.values():
+            yield from backbone_configs(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from backbone_configs(value)
+
+
+# --- random weights
 
 
 @torch.no_grad()

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import BaseDataElement
 from torch import nn
 
-from ..checkpoints import CheckpointError, RunCheckpoint, read_run
-from ..engine.cli import import_framework
-from ..engine.config_file import load_config
-from ..engine.errors import UserError
-from ..engine.preflight import check_config, require
-from ..engine.preflight.model import check_model
-from ..engine.resume import require_fit
-from ..engine.stored import config_classes, require_classes
-from ..measure.artifacts import SCHEDULE
-from ..measure.rounds import CallRunner, Schedule, compare
-from ..measure.tables import record
-from ..network import Network, Plan, check_plan
+from ..network import Plan, check_plan
 from ..reparam import reparameterize
-from ..reparam.verify import noise
 from ..runtimes import METADATA_KEY
 from ..version import __version__
 from .errors import ModelError, UsageError
 from .folders import disk_errors, make_folder, partial_folder, place
+from .source import Source, backbone_configs, load_source
 
 
 def save_whole_model(
@@ -43,6 +27,15 @@ def save_whole_model(
     *,
     force: bool = False,
 ) -> tuple[Path, Path]:
+    """Load the model of a training, fuse and save it; see `save_fused`."""
+    check_plan(plan)
+    source = load_source(str(config), str(checkpoint), scope='model')
+    return save_fused(source, out_dir, plan, force=force)
+
+
+def save_fused(
+    source: Source, out_dir: str | Path, plan: str = 'full', *, force: bool = False
+) -> tuple[Path, Path]:
     """Fuse the backbone inside a trained model and save all of it, with the config that loads it.
 
     The derived config is complete in one file, and differs from the given one in the backbone's
@@ -50,8 +43,7 @@ def save_whole_model(
     as any other.
 
     Args:
-        config: Config of the training.
-        checkpoint: Checkpoint of the training.
+        source: A complete model, see `load_source`.
         out_dir: Where `<config>_<plan>.pth` and `<config>_<plan>.py` are written, completely or
             not at all.
         plan: 'upstream', 'full', or 'single' with what is inexact in it.
@@ -61,38 +53,29 @@ def save_whole_model(
         Paths of the checkpoint and of the config.
 
     Raises:
-        ModelError: The checkpoint does not fit the config or is fused already, or the model has
-            none of this package's backbones.
+        ModelError: The model is fused already, or has none of this package's backbones.
         UsageError: The files are there already, or the folder cannot be written.
     """
-    plan = check_plan(plan)
+    chosen = check_plan(plan)
     out_dir = Path(out_dir)
-    stem = f'{Path(config).stem}_{plan}'
+    stem = f'{source.name}_{plan}'
     targets = out_dir / f'{stem}.pth', out_dir / f'{stem}.py'
     if not force and (there := [path for path in targets if path.exists()]):
         raise UsageError(f'{there[0]} exists already; add --force to replace it.')
-    try:
-        cfg = load_config(str(config), {}, None, 'none')
-        model, trained = _load(cfg, str(checkpoint))
-        fused = _fuse(model, plan, str(checkpoint))
-    except (CheckpointError, UserError) as error:
-        raise ModelError(str(error)) from error
-
-    derived = derived_config(cfg, plan)
-    meta = {
-        key: value
-        for key, value in trained.content.get('meta', {}).items()
-        if key == 'dataset_meta'
-    }
+    fused = _fuse(source, chosen)
+    derived = derived_config(source.cfg, chosen)
+    assert source.checkpoint is not None, 'a complete model has one'
     metadata = {
         'version': __version__,
         'scope': 'model',
         'plan': plan,
         'dtype': 'fp32',
         'weights': 'checkpoint',
-        'checkpoint_sha256': trained.sha256,
+        'checkpoint_sha256': source.checkpoint_sha256,
     }
-    meta |= {'cfg': derived.pretty_text, METADATA_KEY: json.dumps(metadata)}
+    meta = {'cfg': derived.pretty_text, METADATA_KEY: json.dumps(metadata)}
+    if source.classes:
+        meta['dataset_meta'] = {'classes': source.classes}
     make_folder(out_dir)
     with disk_errors(out_dir), partial_folder(out_dir) as partial:
         torch.save({'meta': meta, 'state_dict': fused.state_dict()}, partial / targets[0].name)
@@ -109,7 +92,7 @@ def derived_config(cfg: Config, plan: Plan) -> Config:
         ModelError: It builds none of this package's backbones.
     """
     derived = copy.deepcopy(cfg)
-    backbones = list(_backbone_configs(derived.model))
+    backbones = list(backbone_configs(derived.model))
     if not backbones:
         raise ModelError(
             f'the model {derived.model.get("type")} has no backbone of this package to fuse.'
@@ -126,94 +109,14 @@ def derived_config(cfg: Config, plan: Plan) -> Config:
     return derived
 
 
-def time_whole_model(
-    trained: tuple[str | Path, str | Path],
-    fused: tuple[str | Path, str | Path],
-    size: tuple[int, int] = (512, 512),
-    *,
-    threads: int | None = None,
-    schedule: Schedule = SCHEDULE,
-) -> dict[str, Any]:
-    """Time one prediction of a trained model and of its fused form, in PyTorch on the CPU.
-
-    The image `(1, 3, *size)` is noise, and the same for both; preprocessing is left out.
-
-    Args:
-        trained: Config and checkpoint that `save_whole_model` was given.
-        fused: Checkpoint and config that it returned.
-
-    Returns:
-        A comparison, times in ms, as `repnext_mm.measure.tables.show` prints it.
-    """
-    models = {
-        'trained': _load(load_config(str(trained[0]), {}, None, 'none'), str(trained[1]))[0],
-        'fused': _load(load_config(str(fused[1]), {}, None, 'none'), str(fused[0]))[0],
-    }
-    image = noise((1, 3, *size), seed=0)
-    about = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
-
-    def predict(model: nn.Module) -> CallRunner:
-        @torch.inference_mode()
-        def run() -> Any:
-            sample = BaseDataElement(metainfo={**about, 'scale_factor': (1.0, 1.0)})
-            return model(image, [sample], mode='predict')
-
-        return CallRunner(run)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        runners = {name: predict(model) for name, model in models.items()}
-        twins = {'trained': predict(copy.deepcopy(models['trained']))}
-        return record(compare(runners, twins, schedule=schedule))
-    finally:
-        torch.set_num_threads(before)
-
-
-def _load(cfg: Config, checkpoint: str) -> tuple[nn.Module, RunCheckpoint]:
-    """The trained model in eval mode, and its checkpoint."""
-    trained = read_run(checkpoint)
-    import_framework(cfg.get('default_scope'))
-    settings = copy.deepcopy(cfg.model)
-    for backbone in _backbone_configs(settings):
-        backbone.init_cfg = None
-    if 'pretrained' in settings:
-        settings.pretrained = None
-    require(check_config(cfg))
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = revert_sync_batchnorm(MODELS.build(settings))
-    classes = config_classes(cfg)
-    require_fit(model, trained.content, checkpoint)
-    require_classes(trained.content, classes, checkpoint)
-    require(check_model(model, classes))
-    state = trained.content.get('state_dict', trained.content)
-    model.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()}, strict=False)
-    return model.eval(), trained
-
-
-def _fuse(model: nn.Module, plan: Plan, checkpoint: str) -> nn.Module:
-    for backbone in model.modules():
-        if isinstance(backbone, Network) and backbone.plan is not None:
-            raise ModelError(
-                f'{checkpoint} is already fused with plan {backbone.plan!r}; use it as it is, or '
-                'give the checkpoint and the config of the training.'
-            )
+def _fuse(source: Source, plan: Plan) -> nn.Module:
+    if source.plan is not None:
+        raise ModelError(
+            f'{source.checkpoint} is already fused with plan {source.plan!r}; use it as it is, or '
+            'give the checkpoint and the config of the training.'
+        )
     try:
         # Whoever asks for a plan by its name has chosen it.
-        return reparameterize(model, plan, accept_inexact=True)
+        return reparameterize(source.model, plan, accept_inexact=True)
     except (TypeError, ValueError) as error:
         raise ModelError(str(error)) from error
-
-
-def _backbone_configs(node: Any) -> Iterator[Any]:
-    """Every part of a model's config that builds one of this package's backbones."""
-    if isinstance(node, dict):
-        kind = node.get('type')
-        family = MODELS.get(kind) if isinstance(kind, str) else kind
-        if isinstance(family, type) and issubclass(family, Network):
-            yield node
-        for value in node.values():
-            yield from _backbone_configs(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _backbone_configs(value)

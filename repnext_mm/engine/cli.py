@@ -28,6 +28,7 @@ from .config_file import fit_workers, load_config
 from .device import choose_device
 from .errors import UserError, run_tool, sigterm_raises
 from .exported_backbone import introduce, padding_line, put_in_place
+from .exported_model import introduce_file, run_file
 from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
 from .literals import literal
 from .preflight import Sources, check_config, check_sources, preflight, require
@@ -37,6 +38,7 @@ from .resume import HALF, LATEST, RequireFit, SkipSeenData, checkpoint_to_resume
 from .run_folder import claim_folder, join_processes, make_folder, release_folders
 from .runner import accumulated, build_runner, dumped_config
 from .schedule import rescale, schedule_warnings
+from .stored import config_classes
 
 #: When this process started, for the name of its report.
 STARTED = time.strftime('%Y%m%d_%H%M%S')
@@ -90,14 +92,19 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         'several with a fixed size, each image uses the smallest that it fits in',
     )
     parser.add_argument(
+        '--model',
+        metavar='ARTIFACT',
+        help='evaluate this exported file of a complete model (.onnx, OpenVINO .xml, .pt2)',
+    )
+    parser.add_argument(
         '--precision',
         choices=('f32', 'bf16', 'f16'),
-        help='what an OpenVINO backbone computes in (None: f32)',
+        help='what an OpenVINO file computes in (None: f32)',
     )
     parser.add_argument(
         '--trust',
         action='store_true',
-        help='run a backbone that is code (TorchScript, AOTInductor), which you made',
+        help='run a file that is code (TorchScript, AOTInductor), which you made',
     )
     return _run(_test, parser, argv)
 
@@ -299,11 +306,17 @@ def _test(args: argparse.Namespace) -> None:
             )
         cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
+    if args.backbone and args.model:
+        raise UserError('--model replaces all of the model, --backbone a part; give one of them.')
     if args.backbone:
         put_in_place(cfg, args.backbone, args.precision, args.trust)
-    elif args.precision:
-        raise UserError('--precision is a setting of an exported backbone; name it by --backbone.')
+    elif args.precision and not args.model:
+        raise UserError(
+            '--precision is a setting of an exported file; name it by --model or --backbone.'
+        )
     sources = _prepare(cfg, args, ('test',))
+    if args.model:  # once the config is known to be sound
+        run_file(cfg, args.model, args.precision, args.trust)
     with explain_full_disk(cfg.work_dir):
         make_folder(cfg.work_dir)
         sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
@@ -314,10 +327,16 @@ def _test_in_folder(
     cfg: Config, args: argparse.Namespace, checkpoint: RunCheckpoint, sources: Sources
 ) -> None:
     runner = build_runner(cfg, sources, evaluation=True)
-    if args.backbone:
-        for line in introduce(getattr(runner.model, 'module', runner.model), checkpoint):
+    model = getattr(runner.model, 'module', runner.model)
+    if args.backbone or args.model:
+        for line in (
+            introduce(model, checkpoint)
+            if args.backbone
+            else introduce_file(model, checkpoint, config_classes(cfg))
+        ):
             _say(line)
-    runner.register_hook(RequireFit('test'))
+    if not args.model:
+        runner.register_hook(RequireFit('test'))
     runner.register_hook(SayWhatWasNotMeasured(stop=True))
 
     # Nothing is loaded yet and nothing has started.
@@ -338,7 +357,9 @@ def _test_in_folder(
         arguments += ['--show-dir', 'pictures']
     if args.backbone:
         arguments += ['--backbone', *map(shlex.quote, args.backbone)]
-        arguments += ['--precision', args.precision] if args.precision else []
+    arguments += ['--model', shlex.quote(args.model)] if args.model else []
+    arguments += ['--precision', args.precision] if args.precision else []
+    arguments += ['--trust'] if args.trust else []
     _say(f'Wrote {wrote} {following}: {command("test")} {" ".join(arguments)}')
 
 

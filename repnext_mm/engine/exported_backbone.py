@@ -197,8 +197,9 @@ def padding_line(model: Any) -> str | None:
     Args:
         model: Detector or segmentor, possibly wrapped, with any backbone.
     """
-    backbone = getattr(getattr(model, 'module', model), 'backbone', None)
-    if not isinstance(backbone, ExportedBackbone):
+    model = getattr(model, 'module', model)
+    backbone: Any = model if hasattr(model, 'counts') else getattr(model, 'backbone', None)
+    if not hasattr(backbone, 'counts'):
         return None
     everywhere = all_gather_object((backbone.counts.images, backbone.counts.padded))
     images = sum(count for count, _ in everywhere)

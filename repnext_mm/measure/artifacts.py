@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,14 @@ class Subject:
 def open_subject(spec: Record) -> tuple[Callable[[], Any], Record]:
     """What a worker runs for `spec`, and what is known of it.
 
-    `spec` has `shape` and `threads`, and `path` (with `precision` for OpenVINO, and `trust` for a
-    file that is code) or `network`: the
-    family, arch, plan, layout, and whether to compile.
+    `spec` has `threads`, and one of: `opener`, a function as `module:name`; `path` and `shape`,
+    with `precision` for OpenVINO and `trust` for a file that is code; `network` and `shape`: the family,
+    arch, plan, layout, and whether to compile.
     """
     torch.set_num_threads(spec['threads'])
+    if 'opener' in spec:  # of a package above this one
+        module, _, name = spec['opener'].partition(':')
+        return getattr(import_module(module), name)(spec)
     image = noise(spec['shape'])
     if 'path' not in spec:
         return _open_network(spec['network'], image), {'runtime': 'torch', 'precision': 'f32'}
@@ -93,9 +97,9 @@ def open_subject(spec: Record) -> tuple[Callable[[], Any], Record]:
         precision=spec.get('precision'),
         trust=spec.get('trust', False),
     )
-    array = image.numpy()
+    inputs = artifact.example(spec['shape'])
     facts = {'runtime': artifact.runtime, 'precision': artifact.precision}
-    return lambda: artifact.run(array), facts
+    return lambda: artifact.run_named(inputs), facts
 
 
 def _open_network(network: Record, image: torch.Tensor) -> Callable[[], Any]:

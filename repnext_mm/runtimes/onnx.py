@@ -49,7 +49,6 @@ class ONNXArtifact(Artifact):
         self.input_shape = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
         self.output_names = tuple(output.name for output in self.session.get_outputs())
         self.metadata = read_metadata(self, self.session.get_modelmeta().custom_metadata_map)
-        self.input_name = inputs[0].name
         self.input_type = {'tensor(float)': np.float32, 'tensor(float16)': np.float16}.get(
             inputs[0].type
         )
@@ -62,9 +61,10 @@ class ONNXArtifact(Artifact):
         on_x86 = providers == ['CPUExecutionProvider'] and platform.machine() in ('x86_64', 'AMD64')
         self.precision = 'f32' if stated == 'f16' and on_x86 else stated
 
-    def infer(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        images = images.astype(self.input_type, copy=False)
-        return self.session.run(None, {self.input_name: images})
+    def infer(self, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        images, *others = inputs
+        arrays = [images.astype(self.input_type, copy=False), *others]
+        return self.session.run(None, dict(zip(self.input_names, arrays)))
 
     def close(self) -> None:
         del self.session

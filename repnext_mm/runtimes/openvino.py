@@ -78,9 +78,11 @@ class OpenVINOArtifact(Artifact):
         self.precision = 'int8' if quantised else PRECISIONS.get(really, really)
         self.request = compiled.create_infer_request()
 
-    def infer(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        results = self.request.infer({0: images.astype(self.input_type, copy=False)})
-        return list(results.values())
+    def infer(self, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        images, *others = inputs
+        arrays = [images.astype(self.input_type, copy=False), *others]
+        # Copies: the next run writes into the same memory.
+        return [np.array(v) for v in self.request.infer(dict(enumerate(arrays))).values()]
 
     def close(self) -> None:
         del self.request

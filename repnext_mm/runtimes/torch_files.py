@@ -14,7 +14,15 @@ import torch
 
 from .. import backbones
 from ..checkpoints import File, read_checkpoint
-from .artifact import METADATA_KEY, PRECISIONS, Artifact, ArtifactError, read_metadata
+from ..operators import suppression  # noqa: F401  (the operator in files of detectors)
+from .artifact import (
+    METADATA_KEY,
+    PRECISIONS,
+    Artifact,
+    ArtifactError,
+    check_inputs,
+    read_metadata,
+)
 from .programs import load_program
 
 
@@ -37,8 +45,9 @@ class TorchArtifact(Artifact):
         if self.has_shape and size:
             batch = None if 'batch' in dynamic else self.metadata.get('batch', 1)
             self.input_shape = (batch, 3, *((None, None) if 'hw' in dynamic else size))
-        stages = self.metadata.get('out_indices', range(4))
-        self.output_names = tuple(f'stage{i}' for i in stages)
+        stages = [f'stage{i}' for i in self.metadata.get('out_indices', range(4))]
+        self.output_names = tuple(self.metadata.get('outputs', stages))
+        check_inputs(self, self.metadata.get('inputs', ['image']))
         self.precision = PRECISIONS.get(self.metadata.get('dtype', ''), 'f32')
 
     @abstractmethod
@@ -46,9 +55,10 @@ class TorchArtifact(Artifact):
         """Set `module` and `metadata`, and `device` where it is not the CPU."""
 
     @torch.inference_mode()
-    def infer(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        outputs = self.module(torch.from_numpy(images).to(self.device))
-        return [output.float().cpu().contiguous().numpy() for output in outputs]
+    def infer(self, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        outputs = self.module(*(torch.from_numpy(array).to(self.device) for array in inputs))
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        return [_as_array(output) for output in outputs]
 
     def close(self) -> None:
         del self.module
@@ -120,6 +130,11 @@ class FusedArtifact(TorchArtifact):
                 f'{self.path} does not say what network it holds; give a .pth file that '
                 'tools/deploy.py wrote.'
             )
+        if self.metadata.get('scope') == 'model':
+            raise ArtifactError(
+                f'{self.path} holds a complete model, which mm itself runs: repnext-mm test with '
+                'the config beside it.'
+            )
         family = getattr(backbones, self.metadata['family'])
         model = family(
             self.metadata['arch'],
@@ -133,6 +148,11 @@ class FusedArtifact(TorchArtifact):
             model.to(memory_format=torch.channels_last)
         model.to(dtype).eval()
         self.module = lambda images: model(images.to(dtype))
+
+
+def _as_array(output: torch.Tensor) -> np.ndarray:
+    output = output.cpu().contiguous()
+    return (output.float() if output.is_floating_point() else output).numpy()
 
 
 def is_compiled(path: Path) -> bool:

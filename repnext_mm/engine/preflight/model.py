@@ -207,7 +207,9 @@ def _check_strides(model: nn.Module, levels: Sequence[Tensor]) -> Iterator[Findi
         head = getattr(model, name, None)
         generator = getattr(head, 'prior_generator', None)
         strides = _strides(getattr(generator, 'strides', None))
-        if strides and strides != measured:
+        # Other strides than powers of two, as SSD's, are not measured by one image.
+        plain = strides and all(stride & (stride - 1) == 0 for stride in strides)
+        if plain and strides != measured:
             yield error(
                 f'model.{name} places its priors with the strides {strides}, and the feature maps '
                 f'have the strides {measured}, so priors and objects do not meet; set out_indices '

@@ -1,0 +1,145 @@
+"""What is written beside a complete model for those who use it: model.json and predict.py."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+from ..runtimes import predictor
+from .report import ArtifactRecord
+from .source import Source
+from .targets import Preprocess, Target
+
+MODEL_JSON, PREDICT = 'model.json', 'predict.py'
+#: Steps of a test pipeline that change no pixel.
+WITHOUT_EFFECT = ('Load', 'Pack', 'Collect', 'ImageToTensor')
+
+
+class Unshippable(ValueError):
+    """A test pipeline that the predictor does not know; the message says which step."""
+
+
+def test_steps(cfg: Any) -> list[dict[str, Any]]:
+    """What the test pipeline of a config does to an image, for the predictor.
+
+    Raises:
+        Unshippable: It has a step that the predictor does not know.
+    """
+    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset or 'datasets' in dataset:
+        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    steps = []
+    for step in dataset.get('pipeline') or ():
+        name = step['type'] if isinstance(step['type'], str) else step['type'].__name__
+        name = name.rpartition('.')[2]
+        if name.startswith(WITHOUT_EFFECT) or (name == 'RandomFlip' and not step.get('prob')):
+            continue
+        if name == 'Resize' and step.get('interpolation', 'bilinear') == 'bilinear':
+            steps.append({'resize': _resize(step)})
+        elif name == 'ResizeToMultiple':
+            steps.append({'resize': {'multiple': int(step.get('size_divisor', 32))}})
+        elif name == 'Pad' and step.get('padding_mode', 'constant') == 'constant':
+            steps.append({'pad': _pad(step)})
+        else:
+            raise Unshippable(f'the test pipeline has {name}, which the predictor does not know')
+    return steps
+
+
+def _resize(step: Mapping[str, Any]) -> dict[str, Any]:
+    keep = bool(step.get('keep_ratio', False))
+    if (scale := step.get('scale')) is not None:
+        scale = (scale, scale) if isinstance(scale, int) else tuple(scale)
+        return {'scale': [int(side) for side in scale], 'keep_ratio': keep}
+    factor = step.get('scale_factor')
+    if not isinstance(factor, int | float):
+        raise Unshippable(f'Resize of the test pipeline has scale_factor={factor!r}')
+    return {'factor': float(factor), 'keep_ratio': keep}
+
+
+def _pad(step: Mapping[str, Any]) -> dict[str, Any]:
+    value = step.get('pad_val', 0)
+    value = value.get('img', 0) if isinstance(value, Mapping) else value
+    value = list(value) if isinstance(value, list | tuple) else value
+    if step.get('pad_to_square'):
+        return {'square': True, 'value': value}
+    if step.get('size'):
+        return {'size': [int(side) for side in step['size']], 'value': value}
+    return {'divisor': int(step['size_divisor']), 'value': value}
+
+
+def settings_of(source: Source, target: Target) -> dict[str, Any]:
+    """The content of model.json but for its files.
+
+    Raises:
+        Unshippable: See `test_steps`.
+    """
+    given = source.preprocessor or {}
+    if target.task == 'segmentation' and any(
+        (given.get('test_cfg') or {}).get(key) for key in ('size', 'size_divisor')
+    ):
+        raise Unshippable('data_preprocessor.test_cfg pads images, which the predictor does not do')
+    count = getattr(target.model, 'decode_head', None)
+    classes = source.classes or tuple(
+        f'class {i}' for i in range(count.num_classes if count is not None else 1000)
+    )
+    normalize = Preprocess.of(given) if target.preprocess is None else None
+    return {
+        'schema': predictor.SCHEMA,
+        'name': source.name,
+        'task': target.task,
+        'classes': list(classes),
+        'palette': palette(source.cfg, len(classes)),
+        'steps': test_steps(source.cfg),
+        'divisor': int(given.get('pad_size_divisor') or 1),
+        'pad_value': float(given.get('pad_value') or 0) if target.preprocess is None else 0,
+        'normalize': None
+        if normalize is None
+        else {'mean': normalize.mean, 'std': normalize.std, 'swap': normalize.swap},
+        'checkpoint_sha256': source.checkpoint_sha256,
+        **target.description(),
+    }
+
+
+def palette(cfg: Any, count: int) -> list[list[int]]:
+    """A color `[r, g, b]` for each class: the data set's own, or well apart."""
+    from ..engine.stored import registered_dataset
+
+    own = registered_dataset(cfg)
+    colors = getattr(own, 'METAINFO', {}).get('palette')
+    if isinstance(colors, list | tuple) and len(colors) >= count:
+        return [[int(value) for value in color] for color in colors[:count]]
+    return list(_apart(count))
+
+
+def _apart(count: int) -> Iterator[list[int]]:
+    for number in range(count):
+        hue = number * 0.618034 % 1  # the golden ratio: any first n are spread
+        value = (0.95, 0.75)[number // 12 % 2]
+        yield [round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.8, value)]
+
+
+def ship(folder: Path, settings: Mapping[str, Any], artifacts: list[ArtifactRecord]) -> None:
+    """Write model.json, with every file of the folder that can be run, and predict.py."""
+    files = [
+        {
+            'path': record.path,
+            'format': record.format,
+            'sha256': record.sha256,
+            'dtype': record.dtype,
+            'size': record.size,
+            'batch': record.batch,
+            'dynamic': record.dynamic,
+            'inputs': record.inputs,
+            'outputs': record.outputs,
+        }
+        for record in artifacts
+        if record.status in ('ok', 'unverified')
+    ]
+    text = json.dumps({**settings, 'files': files}, indent=1)
+    write_text(folder / MODEL_JSON, text + '\n')
+    shutil.copyfile(predictor.__file__, folder / PREDICT)

@@ -1,0 +1,19 @@
+"""What can be exported: a backbone, or a complete segmentor or detector."""
+
+from .backbone import BackboneTarget
+from .base import IMAGE_SIZE, INPUT, OUT_SIZE, Extra, Preprocess, Target, UnsupportedModel
+from .detector import DetectorTarget
+from .segmentor import SegmentorTarget
+
+__all__ = [
+    'IMAGE_SIZE',
+    'INPUT',
+    'OUT_SIZE',
+    'BackboneTarget',
+    'DetectorTarget',
+    'Extra',
+    'Preprocess',
+    'SegmentorTarget',
+    'Target',
+    'UnsupportedModel',
+]
