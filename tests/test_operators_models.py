@@ -5,24 +5,22 @@ Their published configs, with an eighth of the channels.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from operator_references import use_ours
+from published_models import narrowed
 
 mmdet = pytest.importorskip('mmdet', reason='mmdet is not installed')
 mmseg = pytest.importorskip('mmseg', reason='mmseg is not installed')
 
-from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.structures import PixelData  # noqa: E402
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 #: What an untrained model needs to predict something, and little of it.
 PREDICTION = {'score_thr': 0.0, 'nms_pre': 100, 'max_per_img': 30}
-EIGHTH = {channels: channels // 8 for channels in (256, 384, 512, 1024, 2048)}
 
 DETECTORS: dict[str, dict[str, Any]] = {
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco': {},
@@ -57,29 +55,8 @@ def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     use_ours(monkeypatch)  # compiled ones lack most CPU kernels
 
 
-def narrow(value: Any) -> Any:
-    """A config with its channels divided by 8, without pretrained weights and processes."""
-    if isinstance(value, dict):
-        return {
-            key: PREDICTION.get(key, narrow(item))
-            for key, item in value.items()
-            if key not in ('init_cfg', 'pretrained')
-        }
-    if isinstance(value, (list, tuple)):
-        return type(value)(narrow(item) for item in value)
-    if value == 'SyncBN':  # for CUDA
-        return 'BN'
-    return EIGHTH.get(value, value) if type(value) is int else value
-
-
 def build(package: Any, name: str, changes: dict[str, Any], registry: Any) -> torch.nn.Module:
-    folder = Path(package.__path__[0]) / '.mim' / 'configs'
-    model = Config.fromfile(folder / f'{name}.py').model
-    model = Config(narrow(model.to_dict()))
-    if 'ResNet' in model.backbone.type:
-        model.backbone.base_channels = 8
-    model.merge_from_dict(changes)
-    built = registry.build(model)
+    built = registry.build(narrowed(package, name, PREDICTION, changes))
     built.init_weights()
     return built
 

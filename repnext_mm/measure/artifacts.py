@@ -81,8 +81,8 @@ def open_subject(spec: Record) -> tuple[Callable[[], Any], Record]:
     """What a worker runs for `spec`, and what is known of it.
 
     `spec` has `threads`, and one of: `opener`, a function as `module:name`; `path` and `shape`,
-    with `precision` for OpenVINO and `trust` for a file that is code; `network` and `shape`: the family,
-    arch, plan, layout, and whether to compile.
+    with `precision` for OpenVINO and `trust` for a file that is code; `network` and `shape`: the
+    family, arch, plan, layout, and whether to compile.
     """
     torch.set_num_threads(spec['threads'])
     if 'opener' in spec:  # of a package above this one

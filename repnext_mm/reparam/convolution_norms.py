@@ -54,12 +54,13 @@ def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
         children = [name for name, _ in module.named_children()]
         names = list(itertools.pairwise(children))
     else:
-        numbered = [re.fullmatch(r'conv(\d+)', name) for name, _ in module.named_children()]
+        children = [name for name, _ in module.named_children()]
+        numbered = [re.fullmatch(r'conv(\d+)', name) for name in children]
         names = [
             (found[0], f'{kind}{found[1]}')
             for found in numbered
             for kind in ('bn', 'norm')
-            if found
+            if found and f'{kind}{found[1]}' in children
         ]
     for conv, norm in names:
         first, second = getattr(module, conv, None), getattr(module, norm, None)

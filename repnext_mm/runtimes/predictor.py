@@ -263,6 +263,9 @@ def suppressed(outputs: Mapping[str, np.ndarray], rule: Settings) -> dict[str, n
         chosen = chosen if factors is None else chosen * factors[rows]
         parts.append((boxes[rows], chosen, labels))
     boxes, scores, labels = (np.concatenate(part) for part in zip(*parts))
+    large = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) > rule['min_bbox_size']
+    if rule['min_bbox_size'] >= 0:
+        boxes, scores, labels = boxes[large], scores[large], labels[large]
     keep = nms(
         boxes,
         scores,

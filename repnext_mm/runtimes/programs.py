@@ -23,6 +23,7 @@ from .artifact import ArtifactError
 #: Names of functions in a graph: ATen's operators, those of detectors, and arithmetic of sizes.
 TARGET = re.compile(
     r'torch\.ops\.aten\.\w+\.\w+'
+    r'|torch\.ops\.higher_order\.wrap_with_autocast'
     r'|torch\.ops\.(torchvision\.roi_align|repnext_mm\.nms_keep)\.default'
     r'|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|getitem|eq|ne|lt|le|gt|ge|and_|or_)'
     r'|torch\.sym_\w+|math\.(ceil|floor|trunc)'

@@ -65,7 +65,7 @@ class DetectorTarget(Target):
 
     def _raw_names(self) -> tuple[str, ...]:
         with torch.no_grad():
-            features = self.features(torch.zeros(1, 3, 64, 64))
+            features = self.features(torch.zeros(1, 3, 256, 256))
             levels = self.dense.levels(features)
         kinds = ('boxes', 'scores', *(['factors'] if levels[0].factors is not None else []))
         return tuple(f'{kind}{i}' for i in range(len(levels)) for kind in kinds)

@@ -112,6 +112,7 @@ class DenseHead(nn.Module):
             'max_per_img': self.most,
             'class_agnostic': self.agnostic,
             'best_class': False,
+            'min_bbox_size': self.least_side,
         }
 
     def levels(self, features: Sequence[Tensor]) -> list[Level]:
@@ -291,7 +292,7 @@ class YOLOXHead(DenseHead):
         return logits
 
     def decode(self, priors: Tensor, boxes: Tensor, level: int, image_size: Tensor) -> Tensor:
-        return self.head._bbox_decode(priors, boxes)
+        return self.head._bbox_decode(priors if priors.ndim == 2 else priors[0], boxes)
 
     def candidates(self, features: Sequence[Tensor], image_size: Tensor) -> Found:
         (level,) = self.levels(features)
