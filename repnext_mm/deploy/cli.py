@@ -27,6 +27,7 @@ from .options import Options, add_options, parsed, positive
 from .pipeline import Export
 from .report import JSON_NAME, Report, markdown_table
 from .source import Source, load_source
+from .web_runtime import NAME, VERSION, fetch_runtime
 
 WIDTH = 200
 
@@ -40,6 +41,7 @@ def deploy_main(argv: Sequence[str] | None = None) -> int:
         'explain': _explain,
         'check': _check,
         'formats': _formats,
+        'runtime': _runtime,
     }
     parser, names = _parser(verbs)
     if arguments and arguments[0] not in (*names, '-h', '--help'):
@@ -101,6 +103,11 @@ def _parser(verbs: dict[str, Callable]) -> tuple[argparse.ArgumentParser, list[s
     check.add_argument('folder', type=Path, help='an output folder, or the report.json in it')
     _add_trust(check)
     _add_output(check)
+
+    runtime = subparsers.add_parser(
+        'runtime', help='fetch what the page of --format web runs the model with'
+    )
+    runtime.add_argument('folder', type=Path, nargs='+', help='folders that --format web wrote')
 
     formats = subparsers.add_parser('formats', help='list the formats')
     formats.add_argument('--json', action='store_true', help='as JSON')
@@ -238,6 +245,15 @@ def _check(args: argparse.Namespace) -> None:
         _finish(args, report, log)
         raise
     _finish(args, report, log)
+
+
+def _runtime(args: argparse.Namespace) -> None:
+    for folder in args.folder:
+        path = fetch_runtime(folder)
+        print(
+            f'{NAME} {VERSION} is in {shown(path)}; serve the folder, such as by: '
+            f'python -m http.server -d {shown(folder)}'
+        )
 
 
 def _formats(args: argparse.Namespace) -> None:

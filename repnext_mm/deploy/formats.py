@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -205,7 +206,7 @@ class ONNX(Format):
 
     name, suffix, title = 'onnx', '.onnx', 'ONNX, in one file'
     runtime = 'onnxruntime'
-    dtypes = ('fp32', 'fp16', 'int8')
+    dtypes: ClassVar[tuple[str, ...]] = ('fp32', 'fp16', 'int8')
     packages: ClassVar[Mapping[str, str]] = {
         'onnx': 'onnx>=1.18',
         'onnxscript': 'onnxscript>=0.6.2',
@@ -367,6 +368,38 @@ class TorchScript(Format):
         return Counter({kind: n for kind, n in kinds.items() if not kind.startswith('prim::')})
 
 
+class Web(ONNX):
+    """A page that runs the model in a browser: any server of files serves the folder."""
+
+    name, suffix, title = 'web', '_web', 'a page that runs the model in a browser'
+    dtypes: ClassVar[tuple[str, ...]] = ('fp32', 'fp16')
+    main = 'model.onnx'
+    in_all = False
+
+    def export(self, job: Job, path: Path) -> None:
+        path.mkdir()
+        super().export(job, self.file(path))
+        for file in sorted(Path(__file__).with_name('web').iterdir()):
+            shutil.copyfile(file, path / file.name)
+        record = {
+            'path': self.main,
+            'size': list(job.size),
+            'batch': job.batch,
+            'dynamic': job.dynamic,
+            'inputs': job.input_names,
+            'outputs': list(job.target.output_names),
+        }
+        text = json.dumps({**job.settings, 'files': [record]}, indent=1)
+        (path / 'model.json').write_text(text + '\n', encoding='utf-8')
+
+    def refuse_target(self, target: Target) -> str:
+        if target.task == 'backbone':
+            return 'a page shows what a complete model finds, and this is a backbone'
+        if not target.finished:
+            return 'a page leaves NMS to the model; use --nms graph'
+        return ''
+
+
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
@@ -377,6 +410,7 @@ FORMATS: dict[str, Format] = {
         OpenVINO(),
         CoreML(),
         TorchScript(),
+        Web(),
     )
 }
 

@@ -40,6 +40,7 @@ class Job:
         opset: ONNX operator set.
         ios_target: Oldest iOS that must run a Core ML model.
         device: What AOTInductor compiles for, 'cpu' or 'cuda'.
+        settings: The content of model.json, for formats that contain it.
     """
 
     target: Target
@@ -51,6 +52,7 @@ class Job:
     opset: int = OPSETS[0]
     ios_target: int = IOS_TARGETS[0]
     device: str = 'cpu'
+    settings: dict[str, Any] = field(default_factory=dict)
     _programs: dict[tuple[str, str], ExportedProgram] = field(default_factory=dict, repr=False)
     _onnx: dict[tuple[str, int], bytes] = field(default_factory=dict, repr=False)
 

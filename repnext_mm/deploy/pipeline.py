@@ -107,8 +107,8 @@ class Export:
         # What is inexact was asked for by name: it is reported, and what is exported is compared.
         inexact = [model for model in self.fused.values() if inexact_kinds(model)]
         self.reference: Any = inexact[0] if inexact else source.model
-        self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
         self.settings = self._settings()
+        self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
         make_folder(folder)
         self._check_nothing_is_lost()
 
@@ -273,6 +273,7 @@ class Export:
         target = self._target(self.fused[plan]).eval()
         others = options.others
         job = Job(target, size, {}, batch=options.batch, dynamic=dynamic, dtype=dtype, **others)
+        job.settings = self.settings or {}
         job.metadata = {
             'version': __version__,
             'title': f'{source.name}, {source.family}, fused with plan {plan}',
@@ -304,7 +305,11 @@ class Export:
         try:
             return settings_of(self.source, self.target)
         except Unshippable as error:
-            self.warn(f'no {", ".join(("model.json", "predict.py"))} is written: {error}')
+            if any(row.name == 'web' for row in self.formats):
+                raise UsageError(
+                    f'--format web is not possible for this config: {error}.'
+                ) from error
+            self.warn(f'no model.json and no predict.py is written: {error}')
             return None
 
     def _check_nothing_is_lost(self) -> None:

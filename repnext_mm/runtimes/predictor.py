@@ -469,10 +469,16 @@ def find_model(path: Path, given: Settings | None = None) -> tuple[Path, dict[st
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    """SHA-256 of a file, or of the names and contents of all files in a folder.
+
+    What was fetched into the folder of a page later, its `runtime`, is not counted.
+    """
     total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]:
+    inside = sorted(p for p in path.rglob('*') if p.is_file())
+    for file in inside if path.is_dir() else [path]:
         if path.is_dir():
+            if file.relative_to(path).parts[0] == 'runtime':
+                continue
             total.update(f'{file.relative_to(path)}\n{file.stat().st_size}\n'.encode())
         with file.open('rb') as stream:
             while block := stream.read(1 << 20):

@@ -122,6 +122,8 @@ class Target(nn.Module):
     step = 1
     least_side = 1
     lowers_once = False
+    #: Whether its outputs are results, rather than what a predictor makes results of.
+    finished = True
 
     def __init__(
         self, model: nn.Module, preprocess: Preprocess | None, dtype: torch.dtype | None = None

@@ -43,6 +43,7 @@ class DetectorTarget(Target):
         _require_plain(model)
         super().__init__(model, preprocess, dtype)
         self.nms = nms
+        self.finished = nms == 'graph'
         self.stages: RoIStages | None = None
         if hasattr(model, 'roi_head'):
             self.dense = proposal_head(model.rpn_head, model.test_cfg.rpn)
