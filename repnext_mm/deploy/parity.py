@@ -404,12 +404,13 @@ def difference(
 ) -> Difference:
     """Compare detections image by image; each expected one is the next in its class."""
     total = Difference(0, len(expected), 0.0, 0.0, 0, 1.0)
-    weight = matched = 0.0
+    weight = lost = 0.0
     for want, got in zip(expected, found, strict=True):
         pairs = _matches(want, got)
         complete = len(pairs) == len(want['scores']) == len(got['scores'])
         weight += float(want['scores'].sum())
-        matched += sum(float(want['scores'][i]) for i, _ in pairs)
+        missed = set(range(len(want['scores']))) - {i for i, _ in pairs}
+        lost += sum(float(want['scores'][i]) for i in missed)
         box = max((np.abs(want['boxes'][i] - got['boxes'][j]).max() for i, j in pairs), default=0)
         score = max((abs(want['scores'][i] - got['scores'][j]) for i, j in pairs), default=0)
         pixels = 0
@@ -422,7 +423,7 @@ def difference(
             score=max(total.score, float(score)),
             mask_px=total.mask_px + pixels,
         )
-    return replace(total, found=matched / weight if weight else 1.0)
+    return replace(total, found=1 - lost / weight if weight else 1.0)
 
 
 def _matches(want: Mapping[str, Any], got: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ class Unshippable(ValueError):
     """A test pipeline that the predictor does not know; the message says which step."""
 
 
-def test_steps(cfg: Any) -> list[dict[str, Any]]:
+def pipeline_steps(cfg: Any) -> list[dict[str, Any]]:
     """What the test pipeline of a config does to an image, for the predictor.
 
     Raises:
@@ -76,7 +76,7 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
     """The content of model.json but for its files.
 
     Raises:
-        Unshippable: See `test_steps`.
+        Unshippable: See `pipeline_steps`.
     """
     given = source.preprocessor or {}
     if target.task == 'segmentation' and any(
@@ -94,7 +94,7 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
         'task': target.task,
         'classes': list(classes),
         'palette': palette(source.cfg, len(classes)),
-        'steps': test_steps(source.cfg),
+        'steps': pipeline_steps(source.cfg),
         'divisor': int(given.get('pad_size_divisor') or 1),
         'pad_value': float(given.get('pad_value') or 0) if target.preprocess is None else 0,
         'normalize': None

@@ -250,16 +250,21 @@ def _load_complete(path: str, weights: Weights, allow_partial: bool) -> Source:
     import_framework(cfg.get('default_scope'))
     require(check_config(cfg))
     tensors = {_plain(key): tensor for key, tensor in weights.tensors.items()}
-    settings = copy.deepcopy(cfg.model)
-    if 'pretrained' in settings:
-        settings.pretrained = None
-    plan = _fused_with(tensors)
-    for backbone in backbone_configs(settings):
-        backbone.init_cfg = None
-        if plan is not None:
-            backbone.deploy = plan
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = revert_sync_batchnorm(MODELS.build(settings)).eval()
+
+    def build(plan: Plan | None) -> Any:
+        settings = copy.deepcopy(cfg.model)
+        if 'pretrained' in settings:
+            settings.pretrained = None
+        for backbone in backbone_configs(settings):
+            backbone.init_cfg = None
+            if plan is not None:
+                backbone.deploy = plan
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            return revert_sync_batchnorm(MODELS.build(settings)).eval()
+
+    model = build(None)
+    if plan := _fused_with(tensors, model):
+        model = build(plan)
     classes = config_classes(cfg)
     require_classes({'meta': weights.meta}, classes, weights.label)
     content = {'state_dict': tensors, 'meta': weights.meta}
@@ -289,10 +294,13 @@ def _plain(key: str) -> str:
     return re.sub(r'^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', key)
 
 
-def _fused_with(tensors: Mapping[str, torch.Tensor]) -> Plan | None:
-    """The plan of a backbone of this package in a file of a complete model, if it is fused."""
+def _fused_with(tensors: Mapping[str, torch.Tensor], model: Any) -> Plan | None:
+    """The plan that the backbone in a file is fused with, where it is this package's."""
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, Network) or backbone.plan is not None:
+        return None
     shapes = {k: t.shape for k, t in tensors.items() if k.startswith('backbone.')}
-    fit = find_fit(shapes, 'backbone.') if shapes else None
+    fit = find_fit(shapes, 'backbone.', like=backbone)
     return fit.plan if fit is not None else None
 
 

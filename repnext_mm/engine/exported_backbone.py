@@ -72,6 +72,10 @@ class ExportedBackbone(BaseModule):
             open_artifact(p, threads=threads, precision=precision, trust=trust) for p in paths
         ]
         for each in self.artifacts:
+            if each.task != 'backbone':
+                raise ArtifactError(
+                    f'{each.path} is a complete model and no backbone; name it by --model.'
+                )
             if each.metadata.get('preprocess'):
                 raise ArtifactError(
                     f'{each.path} normalises its images itself, and detectors and segmentors hand '

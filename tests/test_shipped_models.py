@@ -1,0 +1,452 @@
+"""Complete models from config and checkpoint to what ships: files, figures, predictor, page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import browser
+import numpy as np
+import pytest
+import tool_runs
+import torch
+from evaluations import ONE_POINT, Trained, trained
+from PIL import Image
+
+from repnext_mm.deploy import web_runtime
+from repnext_mm.deploy.cli import deploy_main
+from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
+from repnext_mm.runtimes import ArtifactError, open_artifact, predictor
+from repnext_mm.runtimes.predictor import Model, PredictError
+
+pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
+pytest.importorskip('openvino', reason='needs the extra deploy: openvino')
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    root = tmp_path_factory.mktemp('models')
+    data = tool_runs.tiny_shapes(root / 'shapes')
+    return {
+        task: trained(task, root / task, tool_runs.options(task, data)) for task in ('det', 'seg')
+    }
+
+
+def deploy(model: Trained, folder: Path, *options: str) -> int:
+    command = [str(model.config), str(model.checkpoint), '--size', '64', *options]
+    return deploy_main([*command, '--work-dir', str(folder)])
+
+
+@pytest.fixture(scope='module')
+def shipped(
+    models: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """What an export of each writes, in every format that is quick."""
+    folders = {}
+    for task, model in models.items():
+        folders[task] = tmp_path_factory.mktemp('shipped') / task
+        formats = 'onnx,openvino,pt2,torchscript,web'
+        assert deploy(model, folders[task], '--format', formats) == 0
+    return folders
+
+
+def file(folder: Path, suffix: str) -> Path:
+    (found,) = folder.glob(f'*{suffix}')
+    return found
+
+
+def pictures(model: Trained) -> list[Path]:
+    return sorted(path for path in model.data_root.rglob('*.jpg') if 'val' in path.parent.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_what_is_written(task: str, shipped: dict[str, Path]) -> None:
+    report = json.loads((shipped[task] / 'report.json').read_text())
+    assert report['status'] == 'ok'
+    assert report['model']['scope'] == 'model'
+    assert report['plans'][0]['bn_left'] == 0
+    open_sizes = {a['format']: a['dynamic'] for a in report['artifacts']}
+    fixed = {'det': 'none', 'seg': 'batch'}[task]
+    assert open_sizes == dict.fromkeys(('onnx', 'openvino', 'pt2', 'web'), 'batch-hw') | {
+        'torchscript': fixed
+    }
+    for row in report['parity']:
+        assert row['passed']
+        assert row['output'] == {'det': 'detections', 'seg': 'classes'}[task]
+    if task == 'det':
+        assert sum(row['measures']['detections'] for row in report['parity']) > 100
+    described = json.loads((shipped[task] / 'model.json').read_text())
+    for each in described['files']:
+        assert predictor.digest(shipped[task] / each['path']) == each['sha256']
+    assert deploy_main(['check', str(shipped[task]), '--trust']) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('suffix', ['fp32_batch-hw.onnx', '_openvino', '.pt2'])
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_the_figures_of_the_file(
+    task: str, suffix: str, models: dict[str, Trained], shipped: dict[str, Path]
+) -> None:
+    """AP and mIoU of what ships are those of PyTorch."""
+    model = models[task]
+    expected = model.evaluate().metric
+    evaluation = model.evaluate('--model', file(shipped[task], suffix))
+    assert expected > 90 * ONE_POINT[task]
+    assert abs(evaluation.metric - expected) < 0.1 * ONE_POINT[task]
+    assert f'Model: {file(shipped[task], suffix)}' in evaluation.out
+    assert '--model' in evaluation.out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_bfloat16_and_float16_have_their_own_figures(
+    models: dict[str, Trained], shipped: dict[str, Path], tmp_path: Path
+) -> None:
+    model = models['seg']
+    assert deploy(model, tmp_path, '--format', 'onnx', '--dtype', 'fp16', '--max-drop', '50') == 0
+    (record,) = json.loads((tmp_path / 'report.json').read_text())['artifacts']
+    metric = record['metric']
+    assert metric['name'] == 'mIoU'
+    assert metric['value'] == pytest.approx(metric['reference'], abs=0.5)
+    half, full = (model.evaluate('--model', file(at, '.onnx')) for at in (tmp_path, shipped['seg']))
+    assert 90 < half.metric < full.metric  # which has its own predictions for the truth
+    assert deploy(model, tmp_path / 'no', '--dtype', 'fp16', '--max-drop', '-200') == 6
+    assert list((tmp_path / 'no' / 'rejected').iterdir())
+    assert not list((tmp_path / 'no').glob('*.onnx'))
+
+
+@pytest.mark.slow
+def test_files_that_the_test_tool_refuses(
+    models: dict[str, Trained], shipped: dict[str, Path], tmp_path: Path
+) -> None:
+    det, seg = models['det'], models['seg']
+    assert deploy(det, tmp_path / 'b', '--scope', 'backbone') == 0
+    backbone = file(tmp_path / 'b', '.onnx')
+    assert deploy(seg, tmp_path / 'f', '--dynamic', 'none', '--size', '32') == 0
+    whole = file(shipped['det'], '.onnx')
+    for arguments, words in (
+        (('--model', backbone), 'is a backbone alone; name it by --backbone'),
+        (('--backbone', whole), 'is a complete model and no backbone; name it by --model'),
+        (('--model', whole, '--backbone', backbone), 'give one of them'),
+        (('--model', file(shipped['det'], '.torchscript')), 'add --trust'),
+    ):
+        assert words in det.evaluate(*arguments).sentence
+    sentence = seg.evaluate('--model', file(tmp_path / 'f', '.onnx')).sentence
+    assert 'requires images of (32, 32), and the test pipeline makes one of (64, 64)' in sentence
+
+
+# --- the predictor
+
+
+def alone(folder: Path) -> dict[str, str]:
+    """An environment with numpy, Pillow and ONNX Runtime, and nothing else."""
+    packages = folder / 'packages'
+    packages.mkdir()
+    for name in ('numpy', 'PIL', 'onnxruntime'):
+        module = __import__(name)
+        assert module.__file__ is not None
+        (packages / name).symlink_to(Path(module.__file__).parent)
+        libraries = Path(module.__file__).parent.parent / f'{name}.libs'
+        for extra in (libraries, libraries.with_name('pillow.libs')):
+            if extra.is_dir() and not (packages / extra.name).exists():
+                (packages / extra.name).symlink_to(extra)
+    return {'PATH': os.environ['PATH'], 'PYTHONPATH': str(packages)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_where_nothing_else_is_installed(
+    task: str, models: dict[str, Trained], shipped: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its results there, with Pillow and without OpenCV, are those that it has here."""
+    folder = tmp_path / 'elsewhere'
+    folder.mkdir()
+    for name in ('model.json', 'predict.py', file(shipped[task], 'hw.onnx').name):
+        shutil.copy(shipped[task] / name, folder)
+    images = [tmp_path / f'{i}.png' for i in range(2)]
+    for path, source in zip(images, pictures(models[task])):
+        Image.open(source).resize((101, 77)).save(path)
+    broken = tmp_path / 'broken.jpg'
+    broken.write_bytes(b'no image')
+    environment = alone(tmp_path)
+    probe = 'import importlib.util as u; print([n for n in ("torch", "cv2") if u.find_spec(n)])'
+    command = [sys.executable, '-S']
+    run = {'capture_output': True, 'text': True, 'env': environment, 'cwd': folder}
+    seen = subprocess.run([*command, '-c', probe], check=True, **run)  # type: ignore[call-overload]
+    assert seen.stdout == '[]\n'
+    arguments = [*map(str, images), str(broken), '--json', '--out', str(tmp_path / 'drawn')]
+    done = subprocess.run([*command, 'predict.py', *arguments], **run)  # type: ignore[call-overload]
+    assert done.returncode == 1, done.stderr  # one of three cannot be read
+    assert done.stderr == f'skipped: {broken} is not an image that can be read.\n'
+    records = json.loads(done.stdout)
+    model = Model(folder)
+    for path, record in zip(images, records, strict=True):
+        result = model(path)
+        expected = predictor.as_record(result, model.settings)
+        assert {k: v for k, v in record.items() if k in expected} == json.loads(
+            json.dumps(expected)
+        )
+        drawn = np.asarray(Image.open(tmp_path / 'drawn' / f'{path.name}.png'))
+        assert drawn.shape == (77, 101, 3)
+        assert (drawn != np.asarray(Image.open(path).convert('RGB'))).any()
+
+
+def test_resizing_is_that_of_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, for any sizes; the page has the same arithmetic."""
+    cv2 = pytest.importorskip('cv2')
+    generator = np.random.default_rng(0)
+    for height, width, to in ((480, 640, (1067, 800)), (333, 500, (192, 128)), (50, 7, (9, 120))):
+        image = generator.integers(0, 256, (height, width, 3), np.uint8)
+        expected = cv2.resize(image, to, interpolation=cv2.INTER_LINEAR)
+        monkeypatch.setattr(predictor, 'cv2', None)
+        np.testing.assert_array_equal(predictor.resize(image, *to), expected)
+
+
+@pytest.mark.parametrize('scale', [(333, 176), (200, 150)])
+def test_images_are_prepared_as_by_mm(scale: tuple[int, int], tmp_path: Path) -> None:
+    """Keeping the aspect ratio, padded and normalized: equal to mm's pipeline and preprocessor."""
+    from mmdet.models.data_preprocessors import DetDataPreprocessor
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+    from mmengine.dataset import Compose, pseudo_collate
+    from mmengine.registry import DefaultScope
+
+    register_all_modules(init_default_scope=False)
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=scale, keep_ratio=True),
+        dict(type='Pad', size_divisor=16, pad_val=dict(img=(114, 114, 114))),
+        dict(type='PackDetInputs', meta_keys=('img_shape', 'scale_factor')),
+    ]
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=pipeline))))
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    settings = {
+        'task': 'detection',
+        'steps': pipeline_steps(cfg),
+        'divisor': 32,
+        'normalize': {'mean': mean, 'std': std, 'swap': True},
+    }
+    preprocessor = DetDataPreprocessor(mean, std, bgr_to_rgb=True, pad_size_divisor=32)
+    for number, (width, height) in enumerate(((211, 157), (90, 301), (64, 64))):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        path = tmp_path / f'{number}.png'
+        Image.fromarray(pixels).save(path)
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            data = Compose(pipeline)(dict(img_path=str(path), img_id=0))
+        meta = data['data_samples'].metainfo
+        batch = preprocessor(pseudo_collate([data]))['inputs']
+        ready, inside, factors = predictor.prepare(predictor.read_image(path), settings)
+        np.testing.assert_array_equal(ready, batch.numpy())
+        assert inside == tuple(meta['img_shape'])
+        assert factors == pytest.approx(meta['scale_factor'])
+
+
+def test_steps_that_the_predictor_does_not_know() -> None:
+    def steps(*pipeline: dict[str, Any]) -> list[dict[str, Any]]:
+        return pipeline_steps(dict(test_dataloader=dict(dataset=dict(pipeline=pipeline))))
+
+    assert steps({'type': 'mmdet.LoadImageFromFile'}, {'type': 'Resize', 'scale': 64}) == [
+        {'resize': {'scale': [64, 64], 'keep_ratio': False}}
+    ]
+    with pytest.raises(Unshippable, match='has Albu, which the predictor does not know'):
+        steps({'type': 'Albu'})
+
+
+@pytest.mark.slow
+def test_models_and_images_that_it_refuses(shipped: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / 'copy'
+    shutil.copytree(shipped['det'], folder)
+    model = Model(folder / file(folder, 'hw.onnx').name)
+    for image in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)):
+        with pytest.raises(PredictError, match='uint8, blue first, or a path'):
+            model(image)
+    with pytest.raises(PredictError, match='is a setting of OpenVINO'):
+        Model(folder, precision='bf16')
+    with pytest.raises(PredictError, match='is not there, or not one of'):
+        Model(folder / 'other.onnx')
+    file(folder, 'hw.onnx').write_bytes(b'changed')
+    with pytest.raises(PredictError, match=r'is not the file that model\.json describes'):
+        Model(folder)
+    (folder / 'model.json').write_text('{}')
+    with pytest.raises(PredictError, match='is not one of schema 1'):
+        Model(folder)
+    with pytest.raises(PredictError, match='cannot be read'):
+        Model(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_file_of_one_size(models: dict[str, Trained], tmp_path: Path) -> None:
+    """Images are resized to fit into it; any other size is refused by the file."""
+    assert deploy(models['det'], tmp_path, '--dynamic', 'none') == 0
+    result = Model(tmp_path)(np.full((100, 30, 3), 90, np.uint8))
+    assert result['masks'].shape[1:] == (100, 30)
+    with (
+        open_artifact(file(tmp_path, '.onnx')) as artifact,
+        pytest.raises(ArtifactError, match=r'requires images of shape \(1, 3, 64, 64\)'),
+    ):
+        artifact.run_named({'image': torch.zeros(1, 3, 96, 64), 'image_size': [[96, 64]]})
+
+
+# --- checkpoints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('container', ['state_dict_ema', 'ema_state_dict', 'state_dict'])
+def test_weights_of_every_container(
+    container: str, models: dict[str, Trained], tmp_path: Path
+) -> None:
+    """With the prefixes of DDP and torch.compile; the report says which were taken."""
+    state = torch.load(models['seg'].checkpoint, weights_only=True)['state_dict']
+    path = tmp_path / 'a.pth'
+    torch.save({container: {f'module._orig_mod.{k}': v for k, v in state.items()}}, path)
+    command = [str(models['seg'].config), str(path), '--size', '64', '--format', 'torchscript']
+    assert deploy_main([*command, '--work-dir', str(tmp_path / 'out')]) == 0
+    report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+    assert report['model']['container'] == container
+
+
+@pytest.mark.slow
+def test_a_fused_checkpoint_and_one_with_nan(
+    models: dict[str, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = models['seg']
+    assert deploy(model, tmp_path / 'pth', '--format', 'pth') == 0
+    fused = file(tmp_path / 'pth', '.pth')
+    command = [str(model.config), str(fused), '--size', '64', '--format', 'torchscript']
+    assert deploy_main([*command, '--work-dir', str(tmp_path / 'again')]) == 0
+    content = torch.load(model.checkpoint, weights_only=True)
+    content['state_dict']['decode_head.conv_seg.bias'][0] = torch.nan
+    torch.save(content, tmp_path / 'nan.pth')
+    command[1] = str(tmp_path / 'nan.pth')
+    assert deploy_main([*command, '--work-dir', str(tmp_path / 'nan')]) == 3
+    assert 'NaN or infinity in decode_head.conv_seg.bias' in capsys.readouterr().err
+    assert not (tmp_path / 'nan').exists()
+
+
+# --- the page
+
+TEST_PAGE = """<script type="module">
+import { Model } from './model.js';
+const send = (body) => fetch('/result', { method: 'POST', body: JSON.stringify(body) });
+try {
+  const model = await Model.open('model.json'), found = [];
+  for (const name of NAMES) {
+    const blob = await (await fetch(name)).blob();
+    const bitmap = await createImageBitmap(blob, { colorSpaceConversion: 'none' });
+    const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+    const pen = canvas.getContext('2d');
+    pen.drawImage(bitmap, 0, 0);
+    const result = await model.predict(pen.getImageData(0, 0, bitmap.width, bitmap.height));
+    const plain = (array) => array && Array.from(array);
+    found.push({ ...result, masks: result.masks?.map(plain), classes: plain(result.classes) });
+  }
+  send(found);
+} catch (error) { send({ error: String(error.stack) }); }
+</script>"""
+
+
+@pytest.fixture(scope='module')
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ONNX Runtime for browsers, fetched once; from the registry, or its copy."""
+    folder = tmp_path_factory.mktemp('runtime')
+    (folder / web_runtime.PAGE).touch()
+    try:
+        return web_runtime.fetch_runtime(folder)
+    except web_runtime.DependencyError as error:
+        pytest.skip(f'needs {web_runtime.NAME} of the npm registry: {error}')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason='needs chromium')
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_the_page_finds_what_the_predictor_finds(
+    task: str, models: dict[str, Trained], shipped: dict[str, Path], runtime: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / 'page'
+    shutil.copytree(file(shipped[task], '_web'), page)
+    shutil.copytree(runtime, page / 'runtime')
+    names = [f'{i}.png' for i in range(3)]
+    sources = (pictures(models[task]) * 2)[:3]
+    for name, source, size in zip(names, sources, ((64, 64), (131, 97), (90, 140))):
+        Image.open(source).convert('RGB').resize(size).save(page / name)
+    with browser.serve(page, {'/test': TEST_PAGE.replace('NAMES', json.dumps(names))}) as server:
+        results = browser.run(server, '/test')
+        assert 'error' not in results, results
+        assert not [path for path in server.asked if path.startswith('http')]
+    model = Model(file(shipped[task], 'hw.onnx'))
+    for name, found in zip(names, results, strict=True):
+        wanted = model(page / name)
+        if task == 'seg':
+            classes = np.array(found['classes']).reshape(wanted['classes'].shape)
+            assert (classes != wanted['classes']).mean() <= 1e-3
+            continue
+        assert found['labels'] == wanted['labels'].tolist()
+        np.testing.assert_allclose(found['scores'], wanted['scores'], atol=1e-4)
+        np.testing.assert_allclose(found['boxes'], wanted['boxes'], atol=0.01)
+        for mask, own in zip(found['masks'], wanted['masks'], strict=True):
+            assert (np.array(mask).reshape(own.shape) != own).mean() <= 1e-3
+
+    for width, height in ((1100, 800), (390, 844)):
+        picture = tmp_path / f'{width}.png'
+        with browser.serve(page) as server:
+            browser.screenshot(f'{server.url}/index.html?image={names[1]}', picture, width, height)
+        pixels = np.asarray(Image.open(picture).convert('RGB')).astype(int)
+        # The picture is there, and as wide as the page lets it be.
+        colored = (pixels.max(2) - pixels.min(2) > 30).any(0)
+        assert colored.sum() > 0.5 * min(width, 600)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason='needs chromium')
+def test_a_page_without_its_runtime_says_so(shipped: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / 'page'
+    shutil.copytree(file(shipped['seg'], '_web'), page)
+    script = TEST_PAGE.replace('NAMES', '[]')
+    with browser.serve(page, {'/test': script}) as server:
+        assert 'repnext-mm deploy runtime' in browser.run(server, '/test')['error']
+
+
+def test_only_the_pinned_runtime_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a loopback server in the place of the registry."""
+    import base64
+    import io
+    import tarfile
+
+    served = tmp_path / 'registry' / web_runtime.NAME / '-'
+    served.mkdir(parents=True)
+    archive = served / f'{web_runtime.NAME}-{web_runtime.VERSION}.tgz'
+    with tarfile.open(archive, 'w:gz') as package:
+        for name in (*web_runtime.FILES, '../../outside'):
+            entry = tarfile.TarInfo(f'package/dist/{name}')
+            entry.size = 3
+            package.addfile(entry, io.BytesIO(b'abc'))
+    page = tmp_path / 'page'
+    page.mkdir()
+    assert deploy_main(['runtime', str(page)]) == 2
+    assert 'give a folder that --format web wrote' in capsys.readouterr().err
+    (page / web_runtime.PAGE).touch()
+    with browser.serve(tmp_path / 'registry') as server:
+        monkeypatch.setenv('npm_config_registry', server.url)
+        assert deploy_main(['runtime', str(page)]) == 4
+        assert 'was damaged or changed, and is not kept' in capsys.readouterr().err
+        assert [path.name for path in page.iterdir()] == [web_runtime.PAGE]
+        digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+        monkeypatch.setattr(web_runtime, 'INTEGRITY', f'sha512-{digest}')
+        assert deploy_main(['runtime', str(page)]) == 0
+        asked = len(server.asked)
+        assert deploy_main(['runtime', str(page)]) == 0  # offline from now on
+        assert len(server.asked) == asked
+    names = {path.name for path in (page / 'runtime').iterdir()}
+    assert names == {*web_runtime.FILES, 'LICENSE.txt'}
+    monkeypatch.setenv('npm_config_registry', 'http://127.0.0.1:9')
+    (page / 'runtime' / web_runtime.FILES[0]).unlink()
+    assert deploy_main(['runtime', str(page)]) == 4
+    assert 'could not be fetched' in capsys.readouterr().err
