@@ -146,6 +146,8 @@ PARTS = (
     ('dense', 'selection'),
     ('stages', 'selection'),
 )
+#: Parts that are no layers of the network.
+AFTER_NETWORK = ('images', 'selection', 'RoIAlign', 'NMS')
 #: Between the part and the rest of a node's name.
 IN_PART = '::'
 

@@ -17,6 +17,8 @@ from .parity import TOLERANCES, Tolerance
 
 #: Signal-to-noise ratio in dB that every stage keeps in int8.
 GATE_DB = 20.0
+#: The same by task; of complete models, a tenth of the pixels, and a third of the detections.
+GATES_DB = {'backbone': GATE_DB, 'segmentation': 10.0, 'detection': 5.0}
 #: Every dtype of any format.
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 
@@ -99,7 +101,12 @@ class Options:
         None, 'images that int8 is calibrated on', type=Path, metavar='DIR_OR_CONFIG'
     )
     calib_images: int = _option(ENOUGH_IMAGES, 'at most so many of them', type=positive)
-    gate_db: float = _option(GATE_DB, 'SQNR that every stage keeps in int8', type=float)
+    gate_db: float | None = _option(
+        None,
+        'what int8 keeps: SQNR of every stage (None: 20); of a complete model, the share of pixels '
+        'or detections that it loses, in dB (None: 10 and 5)',
+        type=float,
+    )
     max_drop: float | None = _option(
         None,
         'points of AP or mIoU that the artifact may lose, measured on the test data of the config '
@@ -142,13 +149,18 @@ class Options:
         values = {name: getattr(self, name) for name in ('opset', 'ios_target', 'device')}
         return {name: value for name, value in values.items() if value is not None}
 
-    def tolerance(self, dtype: str) -> Tolerance:
+    def gate(self, task: str) -> float:
+        """What int8 keeps, in dB."""
+        return GATES_DB[task] if self.gate_db is None else self.gate_db
+
+    def tolerance(self, dtype: str, task: str = 'backbone') -> Tolerance:
         """What artifacts of this dtype must keep to."""
-        if dtype == 'int8':
-            # The gate holds on average; the one image that is kept may be lower.
-            low = TOLERANCES['int8']
-            return Tolerance(sqnr_db=self.gate_db - 5, pixels=low.pixels, found=low.found)
-        return TOLERANCES[dtype]
+        if dtype != 'int8':
+            return TOLERANCES[dtype]
+        # The gate holds on average; the one image that is kept may be lower.
+        gate = self.gate(task) - 5 if task == 'backbone' else self.gate(task) / 2
+        lost = 10 ** (-gate / 10)
+        return Tolerance(sqnr_db=gate, pixels=lost, found=1 - lost)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -516,7 +516,7 @@ class Export:
             )
             for r in rows
         ]
-        tolerance = self.options.tolerance(job.dtype)
+        tolerance = self.options.tolerance(job.dtype, job.target.task)
         self.report.artifacts.append(
             ArtifactRecord(
                 format=row.name,
@@ -580,7 +580,7 @@ class Export:
         assert worst is not None
         raise ParityError(
             f'{row.name} differs from the network in {worst.output}: {worst.text} (allowed: '
-            f'{self.options.tolerance(job.dtype)}); it was moved to {target}.'
+            f'{self.options.tolerance(job.dtype, job.target.task)}); it was moved to {target}.'
         )
 
     def _write(self, row: Format, job: Job, written: Path) -> Record | None:
@@ -600,7 +600,7 @@ class Export:
             full,
             written,
             self._calibration(job, job.size),
-            gate_db=self.options.gate_db,
+            gate_db=self.options.gate(job.target.task),
             metric=metric,
             say=lambda text: self.say(f'      {text}'),
         )
@@ -649,7 +649,7 @@ class Export:
         """Parity rows, status, and what ran the artifact in which precision."""
         if row.runtime is None or self.options.parity == 'off':
             return [], UNVERIFIED, None, None
-        tolerance = self.options.tolerance(job.dtype)
+        tolerance = self.options.tolerance(job.dtype, job.target.task)
         try:
             with open_artifact(row.file(written), trust=True) as artifact:
                 results = check_artifact(artifact, goldens, tolerance)

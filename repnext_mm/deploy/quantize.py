@@ -21,10 +21,12 @@ import numpy as np
 
 from ..engine.errors import PACKAGE
 from ..measure.environment import isa_flags
-from ..runtimes import open_artifact
+from ..runtimes import Artifact, open_artifact, unpadded
+from ..runtimes.predictor import finish
 from .calibration import ENOUGH_IMAGES, CalibrationImages, check_count, check_pictures
 from .errors import ParityError, UsageError
 from .options import GATE_DB
+from .parity import difference
 from .quantizers import CALIBRATORS, Quantizer, quantizer_for
 
 #: Of the images, so many are not calibrated on but compared on.
@@ -200,9 +202,7 @@ def quantize(
     if reduce_range is None:
         reduce_range = not has_vnni()
     with open_artifact(source, trust=True) as opened:
-        reference = _Reference(
-            opened.output_names, images[:HELD_OUT], [opened.run(i) for i in images[:HELD_OUT]]
-        )
+        reference = REFERENCES[opened.task](opened, images[:HELD_OUT])
         report = QuantizationReport(
             str(source),
             str(target),
@@ -251,33 +251,66 @@ def quantize(
 
 
 class _Reference:
-    """Held-out images and what the float32 artifact makes of them."""
+    """Held-out images and what the float32 artifact makes of them: of a backbone, feature maps."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        images: Sequence[np.ndarray],
-        outputs: Sequence[Sequence[np.ndarray]],
-    ) -> None:
-        self.names = names
+    def __init__(self, artifact: Artifact, images: Sequence[np.ndarray]) -> None:
         self.images = images
-        self.outputs = outputs
-        self.signal = sum(self._energies(stages) for stages in outputs)
+        self.outputs = [self._run(artifact, image) for image in images]
+        self.names = self._names(artifact)
+
+    def _names(self, artifact: Artifact) -> Sequence[str]:
+        self.signal = sum(self._energies([*each.values()]) for each in self.outputs)
+        return artifact.output_names
+
+    @staticmethod
+    def _run(artifact: Artifact, image: np.ndarray) -> dict[str, np.ndarray]:
+        batch = artifact.input_shape[0] or 1
+        return artifact.run_named(unpadded(artifact.input_names, image.repeat(batch, axis=0)))
 
     def noise(self, artifact: Path, count: int | None = None) -> np.ndarray:
-        """Energy of the difference relative to the signal's, by stage, of the first images."""
+        """What is lost, relative to what there is, by name, in the first images."""
         total = np.zeros(len(self.names))
         with open_artifact(artifact, trust=True) as opened:
             for image, expected in zip(self.images[:count], self.outputs):
-                actual = opened.run(image)
-                total += self._energies([a - e for a, e in zip(actual, expected)])
+                total += self._lost(opened, image, expected)
         # NaN is as bad as it gets.
-        return np.nan_to_num(total / self.signal * len(self.images) / (count or len(self.images)),
-                             nan=np.inf)  # fmt: skip
+        share = len(self.images) / (count or len(self.images))
+        return np.nan_to_num(total * share, nan=np.inf)
+
+    def _lost(self, opened: Artifact, image: np.ndarray, expected: Mapping[str, Any]) -> np.ndarray:
+        """Energy of the difference relative to the signal's of all images."""
+        actual = self._run(opened, image)
+        return self._energies([actual[n] - expected[n] for n in self.names]) / self.signal
 
     @staticmethod
     def _energies(stages: Sequence[np.ndarray]) -> np.ndarray:
         return np.array([np.square(stage, dtype=np.float64).sum() for stage in stages])
+
+
+class _ResultReference(_Reference):
+    """The same of a complete model: pixels of another class, or detections that are not found."""
+
+    def _names(self, artifact: Artifact) -> Sequence[str]:
+        return ['results']
+
+    def _lost(self, opened: Artifact, image: np.ndarray, expected: Mapping[str, Any]) -> np.ndarray:
+        size = image.shape[2], image.shape[3]
+        want, got = (
+            finish({k: v[0] for k, v in outputs.items()}, opened.metadata, size, size, (1.0, 1.0))
+            for outputs in (expected, self._run(opened, image))
+        )
+        if 'classes' in want:
+            lost = float((want['classes'] != got['classes']).mean())
+        else:
+            lost = 1 - difference([want], [got]).found
+        return np.array([lost / len(self.images)])
+
+
+REFERENCES: dict[str, type[_Reference]] = {
+    'backbone': _Reference,
+    'segmentation': _ResultReference,
+    'detection': _ResultReference,
+}
 
 
 def _decibel(noise: np.ndarray | float) -> Any:

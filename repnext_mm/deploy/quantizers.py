@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from ..engine.quiet import muffled
-from ..runtimes import METADATA_KEY
+from ..runtimes import METADATA_KEY, unpadded
 from ..runtimes.openvino import kept_signal_stack, openvino_core
 from .errors import DependencyError, UsageError
+from .job import AFTER_NETWORK, IN_PART
 
 CALIBRATORS = ('minmax', 'percentile', 'entropy')
 PERCENTILE = 99.99
@@ -175,8 +176,7 @@ class OnnxQuantizer(Quantizer):
                 model.SerializeToString(), providers=['CPUExecutionProvider']
             )
             self.watched = names
-        feed = {self.model.graph.input[0].name: image.repeat(_batch(self.model), axis=0)}
-        return self.watching.run(names, feed)
+        return self.watching.run(names, self._feed(image))
 
     def scale(
         self, layer: str, *, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None
@@ -198,6 +198,10 @@ class OnnxQuantizer(Quantizer):
                 value = value * rows[:, :, None, None]
             tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
 
+    def _feed(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        names = [given.name for given in self.model.graph.input]
+        return unpadded(names, image.repeat(_batch(self.model), axis=0))
+
     def calibrate(self, images: Sequence[np.ndarray]) -> None:
         import onnx
         from onnxruntime import quantization
@@ -214,11 +218,12 @@ class OnnxQuantizer(Quantizer):
             calibrate_method=quantization.CalibrationMethod[names[self.calibrator]],
             extra_options=percentile,
         )
-        name, batch = self.model.graph.input[0].name, _batch(self.model)
+
+        feed = self._feed
 
         class Reader(quantization.CalibrationDataReader):
             def __init__(self, image: np.ndarray) -> None:
-                self.items = iter([{name: image.repeat(batch, axis=0)}])
+                self.items = iter([feed(image)])
 
             def get_next(self) -> Any:
                 return next(self.items, None)
@@ -287,6 +292,9 @@ class OpenVINOQuantizer(Quantizer):
             for op in self.model.get_ordered_ops()
             if op.get_type_name() in self.KINDS
         }
+        #: What makes boxes of the network's outputs, which needs more than 8 bits.
+        names = (op.get_friendly_name() for op in self.model.get_ordered_ops())
+        self.after = [name for name in names if name.split(IN_PART)[0] in AFTER_NETWORK]
         self.layers = [*self.nodes]
         self.compiled: tuple[Sequence[str], Any] = ((), None)
         shape = self.model.inputs[0].get_partial_shape()
@@ -331,7 +339,7 @@ class OpenVINOQuantizer(Quantizer):
             found = [self._find(model, layer).input_value(0) for layer in layers]
             watched = openvino.Model(found, model.get_parameters(), 'watched')
             self.compiled = layers, openvino_core().compile_model(watched, 'CPU', FLOAT32)
-        results = self.compiled[1]([image.repeat(self.batch, axis=0)])
+        results = self.compiled[1](self._feed(image))
         return [results[i] for i in range(len(layers))]
 
     def scale(
@@ -367,7 +375,7 @@ class OpenVINOQuantizer(Quantizer):
             ranges = RangeEstimatorParametersSet
             model = nncf.quantize(
                 self.model.clone(),
-                nncf.Dataset(range(len(self.images)), self._image),
+                nncf.Dataset(self.images, self._feed),
                 subset_size=len(self.images),
                 # Bias correction needs most of the time, and gains less than 1 dB.
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
@@ -379,15 +387,19 @@ class OpenVINOQuantizer(Quantizer):
                     }[self.calibrator],
                 ),
                 ignored_scope=nncf.IgnoredScope(
-                    names=[op for layer, op in self.nodes.items() if layer not in layers],
+                    names=[
+                        *(op for layer, op in self.nodes.items() if layer not in layers),
+                        *self.after,
+                    ],
                     types=[*self.FLOAT_TYPES],
                     validate=False,
                 ),
             )
         self._save(model)
 
-    def _image(self, index: int) -> np.ndarray:
-        return self.images[index].repeat(self.batch, axis=0)
+    def _feed(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        names = [given.any_name for given in self.model.inputs]
+        return unpadded(names, image.repeat(self.batch, axis=0))
 
     def write_one(self, layer: str) -> None:
         from openvino import opset13 as ops

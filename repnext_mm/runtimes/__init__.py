@@ -1,6 +1,6 @@
 """Exported backbones, each run in the runtime that its file is made for, all through one class."""
 
-from .artifact import METADATA_KEY, Artifact, ArtifactError, reason, shown_shape
+from .artifact import METADATA_KEY, Artifact, ArtifactError, reason, shown_shape, unpadded
 from .opening import open_artifact
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
     'open_artifact',
     'reason',
     'shown_shape',
+    'unpadded',
 ]

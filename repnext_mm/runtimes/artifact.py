@@ -170,12 +170,7 @@ class Artifact(ABC):
         image = np.random.default_rng(0).standard_normal(tuple(full), dtype=np.float32)
         if self.metadata.get('preprocess'):
             image = (image * 50 + 120).clip(0, 255)
-        values = {self.input_names[0]: image}
-        for name in self.input_names[1:]:
-            kind, per_image = EXTRAS[name]
-            side = np.array(full[2:], kind)
-            values[name] = np.repeat(side[None], full[0], 0) if per_image else side
-        return values
+        return unpadded(self.input_names, image)
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether images of this shape can be run."""
@@ -235,6 +230,16 @@ def read_metadata(artifact: Artifact, properties: dict[str, Any]) -> dict[str, A
     if not isinstance(metadata, dict):
         raise ArtifactError(f'{artifact.path} has damaged metadata {text!r:.60}; export it again.')
     return metadata
+
+
+def unpadded(names: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """Every input of a file, the images `(N, 3, H, W)` first, where none is padded or resized."""
+    values = {names[0]: images}
+    for name in names[1:]:
+        kind, per_image = EXTRAS[name]
+        side = np.array(images.shape[2:], kind)
+        values[name] = np.repeat(side[None], len(images), 0) if per_image else side
+    return values
 
 
 def check_inputs(artifact: Artifact, names: Sequence[str]) -> None:
