@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -47,6 +48,10 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, 'utf-8', newline='\n')
 
 
+#: Errors of a full disk, a quota and a limit on file sizes.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class FolderBusy(OSError):
     """Another process works in a folder; `owner` is what it wrote about itself."""
 
@@ -65,11 +70,15 @@ def hold(path: str | Path) -> FileLock:
         OSError: It cannot be written.
     """
     path = Path(path)
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise FolderBusy(path, lock_owner(path)) from error
+    while True:
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise FolderBusy(path, lock_owner(path)) from error
+        if path.exists():
+            break
+        lock.release()  # of a file that its holder removed as we opened it
     path.write_text(
         f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n',
         'utf-8',

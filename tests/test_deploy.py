@@ -491,7 +491,15 @@ def test_interrupted(
     assert done.returncode == code
     assert done.stderr.strip().endswith(word)
     assert 'Traceback' not in done.stderr
-    assert contents(out) == {'notes.txt', f'{STEM}.pth', 'golden_64x64_b1.npz'}
+    assert contents(out) == {
+        *('notes.txt', f'{STEM}.pth', 'golden_64x64_b1.npz', 'report.json', 'report.md')
+    }
+    # The next run goes on from there.
+    monkeypatch.undo()
+    assert deploy(*argv) == 0
+    report = json.loads((out / 'report.json').read_text())
+    assert (report['status'], len(report['artifacts'])) == ('ok', 2)
+    assert deploy(*argv) == 2
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:

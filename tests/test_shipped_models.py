@@ -21,6 +21,7 @@ from PIL import Image
 
 from repnext_mm.deploy import web_runtime
 from repnext_mm.deploy.cli import deploy_main
+from repnext_mm.deploy.predict import predict_main
 from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
 from repnext_mm.runtimes import ArtifactError, open_artifact, predictor
 from repnext_mm.runtimes.predictor import Model, PredictError
@@ -195,6 +196,28 @@ def test_where_nothing_else_is_installed(
         drawn = np.asarray(Image.open(tmp_path / 'drawn' / f'{path.name}.png'))
         assert drawn.shape == (77, 101, 3)
         assert (drawn != np.asarray(Image.open(path).convert('RGB'))).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('suffix', ['hw.onnx', '.pt2', '.torchscript'])
+def test_the_same_inside_the_package(
+    suffix: str,
+    models: dict[str, Trained],
+    shipped: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = pictures(models['det'])[0]
+    command = [str(file(shipped['det'], suffix)), str(image), '--json']
+    if suffix == '.torchscript':
+        assert predict_main(command) == 1
+        assert 'add --trust' in capsys.readouterr().err
+        command.append('--trust')
+    assert predict_main(command) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    wanted = Model(shipped['det'])(image)
+    assert [row['label'] for row in record['detections']] == wanted['labels'].tolist()
+    boxes = [row['box'] for row in record['detections']]
+    np.testing.assert_allclose(boxes, wanted['boxes'], atol=0.01)
 
 
 def test_resizing_is_that_of_opencv(monkeypatch: pytest.MonkeyPatch) -> None:

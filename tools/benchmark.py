@@ -3,7 +3,7 @@
 
 import sys
 
-from repnext_mm.measure.cli import main
+from repnext_mm_cli.early import run
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run('repnext_mm.measure.cli:main'))

@@ -3,7 +3,7 @@
 
 import sys
 
-from repnext_mm.demo import demo_main
+from repnext_mm_cli.early import run
 
 if __name__ == '__main__':
-    sys.exit(demo_main())
+    sys.exit(run('repnext_mm.demo:demo_main'))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from repnext_mm.deploy.cli import deploy_main
+from repnext_mm_cli.early import run
 
 if __name__ == '__main__':
-    sys.exit(deploy_main())
+    sys.exit(run('repnext_mm.deploy.cli:deploy_main'))

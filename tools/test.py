@@ -3,7 +3,7 @@
 
 import sys
 
-from repnext_mm.engine.cli import evaluate_main
+from repnext_mm_cli.early import run
 
 if __name__ == '__main__':
-    sys.exit(evaluate_main())
+    sys.exit(run('repnext_mm.engine.cli:evaluate_main'))

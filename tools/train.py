@@ -3,7 +3,7 @@
 
 import sys
 
-from repnext_mm.engine.cli import train_main
+from repnext_mm_cli.early import run
 
 if __name__ == '__main__':
-    sys.exit(train_main())
+    sys.exit(run('repnext_mm.engine.cli:train_main'))

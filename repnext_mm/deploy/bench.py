@@ -33,6 +33,7 @@ from ..network import Plan, check_plan
 from ..reparam import reparameterize
 from ..runtimes import open_artifact
 from ..runtimes.predictor import Model
+from .folders import make_folder
 from .formats import FORMATS, Format
 from .fusing import fused_model
 from .job import Job
@@ -316,6 +317,7 @@ def bench_report(
     Raises:
         BenchError: None can be timed.
     """
+    make_folder(report.folder)  # or what is measured would be lost
     groups: dict[tuple[int, ...], list[ArtifactRecord]] = {}
     for record in report.artifacts:
         if FORMATS[record.format].runtime is not None and record.status == 'ok':

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shlex
@@ -12,13 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import TEMPORARY_SUFFIX, FolderBusy, hold, let_go
+from ..files import FULL, TEMPORARY_SUFFIX, FolderBusy, hold, let_go
 from .errors import ExportError, UsageError
 
 PARTIAL = '.partial-'
 LOCK = '.deploy.lock'
-#: Errors of a full disk, a quota and a limit on file sizes.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Less than this is as good as nothing: libraries that write in C++ do not say why they failed.
 SPARE_BYTES = 1 << 20
 

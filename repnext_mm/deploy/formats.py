@@ -30,6 +30,7 @@ from torch.torch_version import TorchVersion
 
 from ..backbones.recnext import LinearAttention
 from ..checkpoints import read_weights
+from ..engine.errors import signals_wait
 from ..engine.quiet import muffled
 from ..runtimes import METADATA_KEY
 from ..runtimes.openvino import openvino_core
@@ -246,7 +247,9 @@ class OpenVINO(Format):
         # What OpenVINO computes in is chosen when it runs; a file in fp16 is half as large.
         if job.target.translations:
             # Its frontend for programs does not know the operators of detectors; ONNX's does.
-            model = openvino.convert_model(BytesIO(job.onnx('fp32')))
+            data = job.onnx('fp32')
+            with signals_wait():
+                model = openvino.convert_model(BytesIO(data))
         else:
             shapes = []
             for value, dims in zip(job.example, job.open_dims()):
@@ -256,7 +259,9 @@ class OpenVINO(Format):
                 shapes[0] = openvino.PartialShape(
                     [job.batch, 3, *([-1, -1] if job.dynamic == 'hw' else job.size)]
                 )
-            model = openvino.convert_model(job.program('fp32'), input=shapes)
+            program = job.program('fp32')
+            with signals_wait():
+                model = openvino.convert_model(program, input=shapes)
             for given, name in zip(model.inputs, job.input_names, strict=True):
                 given.get_tensor().set_names({name})
             for output, name in zip(model.outputs, job.target.output_names, strict=True):

@@ -7,7 +7,7 @@ import copy
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from ..runtimes import ArtifactError, open_artifact
 from ..runtimes.predictor import digest
 from ..version import __version__
 from .bench import choose_plan
-from .calibration import IMAGENET, RAW, calibration_images, cover, load_picture
+from .calibration import (
+    ENOUGH_IMAGES,
+    IMAGENET,
+    MIN_IMAGES,
+    RAW,
+    calibration_images,
+    cover,
+    load_picture,
+)
 from .errors import (
     DependencyError,
     ExportError,
@@ -68,7 +76,7 @@ from .targets import (
 
 REJECTED = 'rejected'
 RANDOM_WEIGHTS = 'random weights: fine for latency, meaningless for accuracy'
-UNVERIFIED = 'unverified'
+UNVERIFIED, INTERRUPTED = 'unverified', 'interrupted'
 #: Why each plan, where it was not measured.
 WHY: dict[Plan, str] = {
     'full': 'no BatchNorm left, and the same function at every size',
@@ -120,6 +128,11 @@ class Export:
             raise UsageError(
                 '--dtype int8 needs --calib, a folder of images like those it will see, or a '
                 'config whose data set has some.'
+            )
+        if options.dtype == 'int8' and options.calib_images + HELD_OUT < MIN_IMAGES:
+            raise UsageError(
+                f'--calib-images {options.calib_images} is too few to know the ranges of values; '
+                f'give {MIN_IMAGES - HELD_OUT} at least, better {ENOUGH_IMAGES}.'
             )
         if options.max_drop is not None and not (source.config and source.checkpoint):
             raise UsageError('--max-drop needs a config as MODEL and its CHECKPOINT to evaluate.')
@@ -181,10 +194,10 @@ class Export:
                 f'--preprocess embed is not possible for {row.name}: it holds weights alone, and '
                 'the data_preprocessor of the config they are loaded in normalises the images.'
             )
-        if row.name == 'onnx' and (options.opset or 0) >= 22 and self.target.translations:
+        if 'opset' in row.options and (options.opset or 0) > self.target.most_opset:
             raise UsageError(
-                f'--opset {options.opset} is not possible for detectors: ONNX Runtime has no '
-                'RoiAlign of opset 22 and later; give --opset 21 or lower.'
+                f'--opset {options.opset} is not possible for two-stage detectors: ONNX Runtime '
+                f'has no RoiAlign of it; give --opset {self.target.most_opset} or lower.'
             )
         for name in options.others:
             if not any(name in other.options for other, _ in options.formats):
@@ -314,16 +327,21 @@ class Export:
 
     def _check_nothing_is_lost(self) -> None:
         """Refuse to replace artifacts, or to mix those of several models, unless forced."""
-        there = [path for pair in self.jobs if (path := self.path_of(pair)).exists()]
-        if there and not self.options.force:
-            raise UsageError(f'{there[0]} exists already; add --force to replace it.')
         self.earlier = None
         if (self.folder / JSON_NAME).exists():
             with contextlib.suppress(UsageError):
                 self.earlier = Report.load(self.folder)
-        if self.earlier is None:
-            return
-        if not self._model_record().same_as(self.earlier.model):
+        same = self.earlier is not None and self._model_record().same_as(self.earlier.model)
+        if self.earlier is not None and same and self.earlier.status == INTERRUPTED:
+            finished = {record.path for record in self.earlier.artifacts}
+            done = [p for p in self.jobs if self.path_of(p).name in finished]
+            if done and len(done) < len(self.jobs) and not self.options.force:
+                self.say(f'going on after {len(done)} artifacts of the run that was interrupted')
+                self.jobs = [pair for pair in self.jobs if pair not in done]
+        there = [path for pair in self.jobs if (path := self.path_of(pair)).exists()]
+        if there and not self.options.force:
+            raise UsageError(f'{there[0]} exists already; add --force to replace it.')
+        if self.earlier is not None and not same:
             if not self.options.force:
                 raise UsageError(
                     f'{self.folder} holds artifacts of another model or other weights; give '
@@ -359,9 +377,13 @@ class Export:
             ExportError, ParityError, SomeFailedError: After the report is written.
             UsageError: Another process writes into the folder.
         """
-        with owned(self.folder):
-            self._check_nothing_is_lost()  # by a run that ended since
-            return self._export_all()
+        try:
+            with owned(self.folder):
+                self._check_nothing_is_lost()  # by a run that ended since
+                return self._export_all()
+        finally:
+            with contextlib.suppress(OSError):  # what was refused leaves no empty folder
+                self.folder.rmdir()
 
     def _export_all(self) -> Report:
         report = self.report
@@ -369,7 +391,7 @@ class Export:
         report.plans = [self._plan_record(plan) for plan in self.fused]
         if self.source.weights == 'random':
             self.warn(RANDOM_WEIGHTS)
-        with partial_folder(self.folder) as partial:
+        with self._saved_if_interrupted(), partial_folder(self.folder) as partial:
             goldens: dict[str, list[Golden]] = {}
             for n, (row, job) in enumerate(self.jobs, 1):
                 name = f'{job.metadata["golden"]} {job.dynamic}'
@@ -394,6 +416,19 @@ class Export:
                 ship(self.folder, self.settings, report.artifacts)
             report.save()
         return report
+
+    @contextlib.contextmanager
+    def _saved_if_interrupted(self) -> Iterator[None]:
+        """Report what was finished before Ctrl-C, so that the next run goes on from there."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.report.artifacts:
+                if self.earlier is not None:
+                    self.report.keep(self.earlier)
+                self.report.status = INTERRUPTED
+                self.report.save()
+            raise
 
     def raise_failures(self) -> None:
         """Raise what stopped a format, if anything did."""

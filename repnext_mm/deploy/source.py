@@ -119,7 +119,8 @@ def load_source(
     except (ModelError, UsageError):
         raise
     except (ValueError, UserError) as error:
-        raise ModelError(str(error)) from error
+        text = str(error).replace('allow_partial=True', '--allow-partial')
+        raise ModelError(text) from error
     source.model.eval()
     return source
 

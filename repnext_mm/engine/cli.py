@@ -26,7 +26,7 @@ from ..text import printable
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import fit_workers, load_config
 from .device import choose_device
-from .errors import UserError, run_tool, sigterm_raises
+from .errors import UserError, is_first, run_tool, sigterm_raises
 from .exported_backbone import introduce, padding_line, put_in_place
 from .exported_model import introduce_file, run_file
 from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
@@ -365,13 +365,8 @@ def _test_in_folder(
 
 def _say(line: str) -> None:
     """Print from the first process only."""
-    if _is_first():
+    if is_first():
         print(printable(line), flush=True)
-
-
-def _is_first() -> bool:
-    """Whether this is the first process, as launchers say before the process group exists."""
-    return int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0
 
 
 def _shown(path: str | Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import os
 import re
 import signal
@@ -17,10 +16,17 @@ from typing import Any
 
 import torch
 
+from ..files import FULL
 from ..text import printable
 from .quiet import quiet
 
 PACKAGE = Path(__file__).resolve().parent.parent
+STANDARD_LIBRARY = Path(os.__file__).parent
+#: What to do with a bug.
+PLEASE = (
+    'please report it where you got repnext_mm from (CONTRIBUTING.md), with the lines above and '
+    'what `repnext-mm doctor` prints.'
+)
 TRACEBACK_VARIABLE = 'REPNEXT_MM_TRACEBACK'
 #: Lines with which torch tells how to load a file that it refused.
 ADVICE = re.compile(r'weights_only|Weights only load failed|arbitrary code execution')
@@ -77,6 +83,11 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM), as by a scheduler, and does so in order."""
 
 
+def is_first() -> bool:
+    """Whether this is the first process, as launchers say before the process group exists."""
+    return int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0
+
+
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """In this context, SIGTERM ends this process as Ctrl-C does: in order, and results are kept."""
@@ -97,6 +108,29 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """In this context, Ctrl-C and SIGTERM wait for its end, and are raised there.
+
+    For code of others that takes what they raise for an error of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def run_tool(main: Callable[[], None]) -> int:
     """Run the body of a command line tool and return its exit code.
 
@@ -108,7 +142,7 @@ def run_tool(main: Callable[[], None]) -> int:
         with quiet():
             main()
     except Terminated:
-        if int(os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0) == 0:
+        if is_first():
             print('terminated', file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
@@ -132,24 +166,25 @@ def _trace(error: BaseException) -> str:
 
 
 def _report(error: BaseException) -> str:
-    """What to do about a bug."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = Path(frames[-1].filename) if frames else PACKAGE
-    parts = last.parts
-    library = parts[parts.index('site-packages') + 1] if 'site-packages' in parts else None
-    ours = library is None or PACKAGE in last.resolve().parents
-    what = 'a bug of repnext_mm' if ours else f'an error in {library} that nobody expected'
-    return (
-        f'this is {what} ({type(error).__name__}: {_one_line(error)[:200]}); please report it '
-        'where you got repnext_mm from (CONTRIBUTING.md), with the lines above and what '
-        '`repnext-mm doctor` prints.'
-    )
+    """What to do about a bug: whose it is, by the last code that is not Python's own."""
+    text = _one_line(error)[:200]
+    said = type(error).__name__ + ('' if ADVICE.search(text) else f': {text}')
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if PACKAGE in path.resolve().parents:
+            break
+        if 'site-packages' in path.parts:
+            library = path.parts[path.parts.index('site-packages') + 1]
+            return f'this is an error in {library} that nobody expected ({said}); {PLEASE}'
+        if path.is_file() and not path.is_relative_to(STANDARD_LIBRARY):
+            return f'this is an error of {path}, line {frame.lineno} ({said}); correct it there.'
+    return f'this is a bug of repnext_mm ({said}); {PLEASE}'
 
 
 def explain(error: BaseException) -> str | None:
     """The sentence for an error that the user can fix, or None for a bug."""
     for link in _chain(error):
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(link, OSError) and link.errno in FULL:
             return (
                 f'{link.filename or "a file"} cannot be written ({link.strerror}); free space on '
                 'its disk, or give another folder.'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -17,11 +16,8 @@ from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 from mmengine.runner.loops import BaseLoop
 
-from ..files import write_text
+from ..files import FULL, write_text
 from .errors import UserError
-
-#: No space, no quota, or a file larger than the system allows.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ NAME = 'repnext-mm'
 COMMANDS: dict[str, tuple[str, str]] = {
     'train': ('repnext_mm.engine.cli:train_main', 'train a detector or a segmentor'),
     'test': ('repnext_mm.engine.cli:evaluate_main', 'evaluate a checkpoint'),
-    'deploy': ('repnext_mm.deploy.cli:deploy_main', 'fuse, export and prove a backbone'),
+    'deploy': ('repnext_mm.deploy.cli:deploy_main', 'fuse, export and prove a model'),
+    'predict': ('repnext_mm.deploy.predict:predict_main', 'run an exported model on images'),
     'benchmark': ('repnext_mm.measure.cli:main', 'time training, inference or layers'),
     'models': ('repnext_mm.model_list:main', 'list networks and configs with published figures'),
     'doctor': ('repnext_mm_cli.doctor:main', 'check that the installed packages fit each other'),

@@ -122,6 +122,8 @@ class Target(nn.Module):
     step = 1
     least_side = 1
     lowers_once = False
+    #: The newest ONNX operator set that ONNX Runtime can run it in.
+    most_opset = 23
     #: Whether its outputs are results, rather than what a predictor makes results of.
     finished = True
 

@@ -49,6 +49,7 @@ class DetectorTarget(Target):
             self.dense = proposal_head(model.rpn_head, model.test_cfg.rpn)
             self.stages = RoIStages(model.roi_head, model.test_cfg.rcnn)
             self.masks = 'boxes' if self.stages.has_masks else None
+            self.most_opset = 21
         else:
             self.dense = dense_head(model.bbox_head, model.test_cfg)
             self.masks = 'image' if isinstance(self.dense, RTMDetInsHead) else None

@@ -70,7 +70,7 @@ def check_dataset(split: str, dataset: Any, sources: Sources) -> list[Summary]:
     summaries = [_check_leaf(split, leaf, sources) for leaf in leaf_datasets(dataset)]
     if summaries and not len(dataset):
         summaries[0].findings.append(error(f'the {split} data is empty: no image is left to use.'))
-    elif all(f.level != 'error' for summary in summaries for f in summary.findings):
+    elif summaries and all(f.level != 'error' for summary in summaries for f in summary.findings):
         with kept_random_state():
             summaries[0].findings += _try_pipeline(split, dataset)
     return summaries
@@ -174,9 +174,7 @@ def _check_files(summary: Summary, dataset: Any, infos: Sequence[dict[str, Any]]
         for file in files:
             folder, name = os.path.split(file)
             if folder not in listings:
-                listings[folder] = (
-                    set(os.listdir(folder)) if os.path.isdir(folder or '.') else set()
-                )
+                listings[folder] = _names_in(folder or os.curdir)
             if name not in listings[folder]:
                 missing.append(file)
         if missing:

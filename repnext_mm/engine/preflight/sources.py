@@ -108,9 +108,11 @@ def check_sources(cfg: Config, splits: Sequence[str]) -> Sources:
             if cls is None:
                 continue  # building it says so
             check = next((c for name, c in CHECKS.items() if _reads_as(cls, name)), None)
-            if check is not None and (key := f'{key_of(leaf)} {_with_masks(cfg, split, leaf)}'):
-                if key not in done:
-                    check(_Leaf(cfg, split, leaf, cls, scope), sources)
+            # The same file with other classes or another filter is another data set.
+            chosen = (leaf.get('metainfo') or {}).get('classes'), leaf.get('filter_cfg')
+            key = f'{key_of(leaf)} {_with_masks(cfg, split, leaf)} {chosen}'
+            if check is not None and key not in done:
+                check(_Leaf(cfg, split, leaf, cls, scope), sources)
                 done.add(key)
         if len(leaves) == 1:
             _check_evaluator(cfg, split, leaves[0])
