@@ -473,3 +473,59 @@ def test_only_the_pinned_runtime_is_kept(
     (page / 'runtime' / web_runtime.FILES[0]).unlink()
     assert deploy_main(['runtime', str(page)]) == 4
     assert 'could not be fetched' in capsys.readouterr().err
+
+
+# --- time and parts
+
+
+@pytest.mark.slow
+def test_time_and_where_it_goes(
+    shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / 'copy'
+    shutil.copytree(shipped['det'], folder)
+    report = json.loads((folder / 'report.json').read_text())
+    kept = [a for a in report['artifacts'] if a['format'] in ('onnx', 'openvino')]
+    (folder / 'report.json').write_text(json.dumps({**report, 'artifacts': kept}))
+    command = ['bench', str(folder), '--threads', '1', '--rounds', '2', '--budget-s', '2']
+    assert deploy_main(command) == 0
+    rows = json.loads((folder / 'report.json').read_text())['latency']
+    names = {row['name'] for row in rows}
+    assert {
+        'mm predict, trained',
+        'mm predict, fused',
+        'onnx fp32',
+        'onnx fp32, with pixels',
+    } < names
+    assert all(row['reference'] == 'mm predict, trained' and row['p50'] > 0 for row in rows)
+    capsys.readouterr()
+    for path in (file(folder, 'hw.onnx'), file(folder, '_openvino')):
+        assert deploy_main(['explain', str(path), '--threads', '1', '--json']) == 0
+        (record,) = json.loads(capsys.readouterr().out)
+        assert {'backbone', 'neck', 'head', 'RoIAlign', 'NMS', 'masks'} <= set(record['parts'])
+        assert sum(part['share'] for part in record['parts'].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_int8_of_a_complete_model(models: dict[str, Trained], tmp_path: Path) -> None:
+    """Convolutions alone: what makes boxes stays in float."""
+    import onnx
+
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    for number, path in enumerate(pictures(models['det']) * 12):
+        Image.open(path).rotate(7 * number).save(photos / f'{number}.png')
+    options = ('--dtype', 'int8', '--calib', str(photos), '--format', 'onnx')
+    assert deploy(models['det'], tmp_path / 'out', *options, '--gate-db', '0.5') == 0
+    graph = onnx.load(file(tmp_path / 'out', '.onnx')).graph
+    writers = {name: node for node in graph.node for name in node.output}
+    convolutions = [node for node in graph.node if node.op_type == 'Conv']
+    kernels = [writers.get(node.input[1]) for node in convolutions]
+    quantized = [node for node in kernels if node and node.op_type == 'DequantizeLinear']
+    assert len(quantized) > 10
+    for node in graph.node:
+        if node.op_type in ('NonMaxSuppression', 'RoiAlign', 'TopK'):
+            inputs = [writers[name].op_type for name in node.input if name in writers]
+            assert 'DequantizeLinear' not in inputs
+    result = Model(tmp_path / 'out')(pictures(models['det'])[0])
+    assert np.isfinite(result['boxes']).all()

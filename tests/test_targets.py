@@ -219,6 +219,28 @@ def test_files_of_detectors(kind: str, images: Tensor, sizes: Tensor, tmp_path: 
             assert len(again['scores']) == len(nothing['scores'])  # its boxes are nearly ties
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['RetinaNet', 'GFL', 'RTMDet', 'YOLOX'])
+def test_core_ml_without_nms(kind: str, tmp_path: Path) -> None:
+    """Nothing on Linux runs it: what it promises is looked at."""
+    coremltools = pytest.importorskip('coremltools', reason='needs the extra deploy: coremltools')
+    model, step = detector(kind)
+    assert '--nms host' in DetectorTarget(model, step).refuse('coreml', 'none')
+    target = DetectorTarget(model, step, nms='host').eval()
+    assert target.refuse('coreml', 'none') == ''
+    made = job(target)
+    made.metadata['version'] = '0'
+    with muffled():
+        FORMATS['coreml'].export(made, tmp_path / 'a.mlpackage')
+    description = coremltools.utils.load_spec(str(tmp_path / 'a.mlpackage')).description
+    assert [given.name for given in description.input] == ['image', 'image_size']
+    assert tuple(output.name for output in description.output) == target.output_names
+    with torch.no_grad():
+        shapes = [out.shape for out in target(*made.example)]
+    written = [tuple(out.type.multiArrayType.shape) for out in description.output]
+    assert written == [tuple(shape) for shape in shapes]
+
+
 def test_the_threshold_and_the_maximum_are_inside(tmp_path: Path) -> None:
     import onnx
 
