@@ -270,6 +270,33 @@ def test_images_are_prepared_as_by_mm(scale: tuple[int, int], tmp_path: Path) ->
         assert factors == pytest.approx(meta['scale_factor'])
 
 
+def test_images_of_segmentors_are_prepared_as_by_mm(tmp_path: Path) -> None:
+    """Both sides rounded up to a multiple after the resize, as in the configs for ADE20K."""
+    from mmengine.dataset import Compose
+    from mmengine.registry import DefaultScope
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(256, 64), keep_ratio=True),
+        dict(type='ResizeToMultiple', size_divisor=32),
+        dict(type='PackSegInputs'),
+    ]
+    settings = {
+        'task': 'segmentation',
+        'steps': pipeline_steps(dict(test_dataloader=dict(dataset=dict(pipeline=pipeline)))),
+    }
+    for number, (width, height) in enumerate(((211, 157), (90, 301))):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        path = tmp_path / f'{number}.png'
+        Image.fromarray(pixels).save(path)
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            data = Compose(pipeline)(dict(img_path=str(path), reduce_zero_label=False))
+        ready, _, _ = predictor.prepare(predictor.read_image(path), settings)
+        np.testing.assert_array_equal(ready[0], data['inputs'].numpy())
+
+
 def test_steps_that_the_predictor_does_not_know() -> None:
     def steps(*pipeline: dict[str, Any]) -> list[dict[str, Any]]:
         return pipeline_steps(dict(test_dataloader=dict(dataset=dict(pipeline=pipeline))))
@@ -296,11 +323,50 @@ def test_models_and_images_that_it_refuses(shipped: dict[str, Path], tmp_path: P
     file(folder, 'hw.onnx').write_bytes(b'changed')
     with pytest.raises(PredictError, match=r'is not the file that model\.json describes'):
         Model(folder)
+    described = json.loads((folder / 'model.json').read_text())
+    (own,) = [f for f in described['files'] if f['format'] == 'onnx']
+    own |= {'sha256': predictor.digest(folder / own['path'])}
+    elsewhere = shipped['det'] / own['path']
+    for change, words in (
+        ({'palette': []}, 'is not complete'),
+        ({'classes': None}, 'is not complete'),
+        ({'files': [{**own, 'path': os.path.relpath(elsewhere, folder)}]}, 'is not in the folder'),
+        ({'files': [3]}, 'is not one of schema 1'),
+    ):
+        (folder / 'model.json').write_text(json.dumps({**described, 'files': [own], **change}))
+        with pytest.raises(PredictError, match=words):
+            Model(folder)
     (folder / 'model.json').write_text('{}')
     with pytest.raises(PredictError, match='is not one of schema 1'):
         Model(folder)
     with pytest.raises(PredictError, match='cannot be read'):
         Model(tmp_path)
+
+
+@pytest.mark.slow
+def test_no_image_is_overwritten(
+    models: dict[str, Trained],
+    shipped: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = []
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        images.append(tmp_path / name / 'one.jpg')
+        shutil.copy(pictures(models['det'])[0], images[-1])
+    command = ['--model', str(shipped['det']), *map(str, images)]
+    before = images[0].read_bytes()
+    assert predictor.main([*command[:3], '--out', str(images[0])]) == 2
+    assert 'is one of the images; give another name' in capsys.readouterr().err
+    assert images[0].read_bytes() == before
+    assert predictor.main([*command[:3], '--out', str(tmp_path / 'a.txt')]) == 2
+    assert 'is no name of a picture' in capsys.readouterr().err
+    assert predictor.main([*command, '--out', str(tmp_path / 'drawn')]) == 0
+    drawn = sorted(path.name for path in (tmp_path / 'drawn').iterdir())
+    assert drawn == ['1_one.jpg.png', 'one.jpg.png']
+    assert predictor.main([*command[:2], str(tmp_path / 'none.jpg')]) == 1
+    assert 'is not an image that can be read' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -525,7 +591,9 @@ def test_int8_of_a_complete_model(models: dict[str, Trained], tmp_path: Path) ->
     assert len(quantized) > 10
     for node in graph.node:
         if node.op_type in ('NonMaxSuppression', 'RoiAlign', 'TopK'):
-            inputs = [writers[name].op_type for name in node.input if name in writers]
+            # The feature maps of RoiAlign are those of a convolution, in 8 bits.
+            names = node.input[1:] if node.op_type == 'RoiAlign' else node.input
+            inputs = [writers[name].op_type for name in names if name in writers]
             assert 'DequantizeLinear' not in inputs
     result = Model(tmp_path / 'out')(pictures(models['det'])[0])
     assert np.isfinite(result['boxes']).all()

@@ -3,19 +3,26 @@
 python verify_on_mac.py [FOLDER]
 """
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import coremltools
 import numpy as np
+
+Arrays = dict[str, Any]
+Rows = Iterator[tuple[str, Any, str]]
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
 folder = folder if folder.is_dir() else folder.parent
 sys.path.insert(0, str(folder))  # predict.py, of complete models
 
 
-def features(outputs, golden, exact):
+def features(outputs: Arrays, golden: Arrays, exact: bool) -> Rows:
     """Each feature map by its largest error and its signal-to-noise ratio."""
     for name, want in golden.items():
         error = outputs[name].astype(np.float64) - want
@@ -25,13 +32,13 @@ def features(outputs, golden, exact):
         yield name, good, f'{relative:.1e}, {sqnr:.0f} dB'
 
 
-def classes(outputs, golden, exact):
+def classes(outputs: Arrays, golden: Arrays, exact: bool) -> Rows:
     """The share of pixels of another class."""
     other = np.mean(outputs['classes'].reshape(golden['classes'].shape) != golden['classes'])
     yield 'classes', other <= (1e-4 if exact else 0.02), f'{other:.1e} of the pixels differ'
 
 
-def detections(outputs, golden, exact, meta, size):
+def detections(outputs: Arrays, golden: Arrays, exact: bool, meta: Any, size: Any) -> Rows:
     """The share of the detections of the first image that are found again, by score."""
     from predict import finish
 

@@ -30,6 +30,8 @@ except ImportError:
 
 SCHEMA = 1
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+#: No image is resized or padded to more pixels.
+MOST_PIXELS = 1 << 28
 #: Weights of OpenCV's bilinear interpolation, as whole numbers.
 BITS = 11
 
@@ -52,7 +54,10 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     if cv2 is not None:
         data = np.fromfile(path, np.uint8) if Path(path).is_file() else np.empty(0, np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+        try:
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+        except cv2.error:  # more pixels than it reads
+            image = None
     else:
         from PIL import Image, ImageOps
 
@@ -66,8 +71,15 @@ def read_image(path: str | Path) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
+def require_pixels(width: int, height: int) -> None:
+    """Refuse sizes that would fill the memory, or that are none."""
+    if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
+        raise PredictError(f'an image would get {width} x {height} pixels, which is refused.')
+
+
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """What `cv2.resize` makes of an image `(H, W, 3)` uint8, bilinear, to the last bit."""
+    require_pixels(width, height)
     if cv2 is not None:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     left, right, x0, x1 = _weights(width, image.shape[1], at_edge=True)
@@ -124,6 +136,7 @@ def padded(image: np.ndarray, step: Settings) -> np.ndarray:
     else:
         divisor = step['divisor']
         new = -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    require_pixels(new[1], new[0])
     full = np.empty((*new, 3), image.dtype)
     full[:] = np.array(step.get('value', 0), image.dtype)
     full[:height, :width] = image
@@ -398,11 +411,17 @@ class Model:
         settings: Settings | None = None,
     ) -> None:
         self.path, self.settings = find_model(Path(path), settings)
-        record = self.settings['file']
-        self.size: Sequence[int] | None = record['size'] if 'hw' not in record['dynamic'] else None
-        self.batch = None if 'batch' in record['dynamic'] else int(record['batch'])
-        self.inputs: Sequence[str] = record['inputs']
-        self.classes: Sequence[str] = self.settings['classes']
+        try:
+            record, dynamic = self.settings['file'], self.settings['file']['dynamic']
+            self.size: Sequence[int] | None = None if 'hw' in dynamic else record['size']
+            self.batch = None if 'batch' in dynamic else int(record['batch'])
+            self.inputs: Sequence[str] = [str(name) for name in record['inputs']]
+            self.classes: Sequence[str] = [str(name) for name in self.settings['classes']]
+            _ = self.settings['palette'][0], self.settings['task'], self.settings['steps']
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise PredictError(
+                f'the model.json of {self.path} is not complete ({error!r}); export again.'
+            ) from error
         self.run = run or _open(self.path, threads, precision)
 
     def __call__(self, image: np.ndarray | str | Path) -> Result:
@@ -452,7 +471,11 @@ def find_model(path: Path, given: Settings | None = None) -> tuple[Path, dict[st
             ) from error
     else:
         settings = dict(given)
-    if settings.get('schema') != SCHEMA or not settings.get('files'):
+    files = settings.get('files') if isinstance(settings, dict) else None
+    listing = isinstance(files, list) and all(
+        isinstance(f, dict) and isinstance(f.get('path'), str) for f in files
+    )
+    if not (listing and files and settings.get('schema') == SCHEMA):
         raise PredictError(f'{folder / "model.json"} is not one of schema {SCHEMA}; export again.')
     named = path.name if path.name != 'model.json' and path != folder else None
     files = [f for f in settings['files'] if named in (None, f['path'])]
@@ -463,7 +486,9 @@ def find_model(path: Path, given: Settings | None = None) -> tuple[Path, dict[st
         raise PredictError(f'{path} is not there, or not one of {listed} of model.json.')
     record = there[0]
     file = folder / record['path']
-    if given is None and digest(file) != record['sha256']:
+    if folder.resolve() not in file.resolve().parents:
+        raise PredictError(f'{file} is not in the folder of its model.json; export again.')
+    if given is None and digest(file) != record.get('sha256'):
         raise PredictError(f'{file} is not the file that model.json describes; export again.')
     return file, {**settings, **record.get('settings', {}), 'file': record}
 
@@ -547,10 +572,11 @@ def draw(image: np.ndarray, result: Result, settings: Settings, threshold: float
         color = tuple(int(value) for value in colors[i])
         pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=color, width=line)
         text = f'{settings["classes"][result["labels"][i]]} {result["scores"][i]:.2f}'
-        place = pen.textbbox((x0 + 2, max(y0 - 11, 0)), text)
+        left = max(min(x0 + 2, image.shape[1] - pen.textlength(text) - 2), 0)
+        place = pen.textbbox((left, max(y0 - 11, 0)), text)
         pen.rectangle((place[0] - 2, place[1] - 1, place[2] + 2, place[3] + 1), fill=color)
         ink = (0, 0, 0) if sum(color) > 380 else (255, 255, 255)
-        pen.text((x0 + 2, max(y0 - 11, 0)), text, fill=ink)
+        pen.text((left, max(y0 - 11, 0)), text, fill=ink)
     return np.asarray(canvas)[..., ::-1]
 
 
@@ -592,7 +618,12 @@ def _save(image: np.ndarray, path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(image[..., ::-1])).save(path)
+    partial = path.with_name(f'.{path.stem}.partial{path.suffix}')
+    try:
+        Image.fromarray(np.ascontiguousarray(image[..., ::-1])).save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -609,10 +640,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model = Model(args.model, args.threads, args.precision)
-    except PredictError as error:
+        return predict_all(model, args.images, args.out, args.json, args.threshold)
+    except (PredictError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    return predict_all(model, args.images, args.out, args.json, args.threshold)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
 
 
 def predict_all(
@@ -621,7 +655,11 @@ def predict_all(
     """Predict, print and draw; images that cannot be read are named, and the result is 1."""
     paths = [p for name in given for p in listed(Path(name))]
     many = len(paths) > 1 or (out is not None and not out.suffix)
-    records, failed = [], 0
+    if out is not None and not many and out.suffix.lower() not in IMAGES:
+        raise PredictError(f'--out {out} is no name of a picture; give one such as drawn.png.')
+    if out is not None and out.exists() and any(out.samefile(p) for p in paths if p.exists()):
+        raise PredictError(f'--out {out} is one of the images; give another name.')
+    records, failed, written = [], 0, set[str]()
     for path in paths:
         try:
             image = read_image(path)
@@ -634,7 +672,11 @@ def predict_all(
         facts = {'file': str(path), 'width': width, 'height': height}
         records.append({**facts, **as_record(result, model.settings)})
         if out is not None:
-            target = out / f'{path.name}.png' if many else out
+            name = path.name  # of several images of one name, the further ones are numbered
+            while many and name in written:
+                name = f'{len(written)}_{path.name}'
+            written.add(name)
+            target = out / f'{name}.png' if many else out
             _save(draw(image, result, model.settings, threshold), target)
         if not as_json:
             shown = as_record(result, model.settings, threshold)

@@ -60,7 +60,8 @@ class DetectorTarget(Target):
             if self.stages or self.masks:
                 raise UnsupportedModel(
                     f'--nms host is not possible for {type(model).__name__}: its '
-                    f'{"second stage" if self.stages else "masks"} are computed of what NMS keeps.'
+                    f'{"second stage is" if self.stages else "masks are"} computed of what NMS '
+                    'keeps.'
                 )
             names = self._raw_names()
         self.output_names = tuple(names)
