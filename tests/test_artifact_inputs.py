@@ -128,7 +128,7 @@ def test_packages_that_do_not_say_what_they_were_compiled_for(
     nameless.metadata.clear()
     exports.write(nameless, tmp_path / 'b.aoti.pt2')
     with pytest.raises(ArtifactError, match=r'b\.aoti\.pt2 does not say for which images'):
-        open_artifact(tmp_path / 'b.pt2', trust=True)
+        open_artifact(tmp_path / 'b.aoti.pt2', trust=True)
 
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc of Linux')

@@ -572,15 +572,17 @@ def test_extras_install_what_formats_need() -> None:
     for row in FORMATS.values():
         packages = set(row.packages.values()) - {*TORCH_EXPORT.values()}  # torch is no extra
         if packages:
-            assert packages == extras[row.name]
+            assert packages == extras['onnx' if row.name == 'web' else row.name]
         needed = packages | {*row.int8_packages.values()}
         assert needed <= extras['deploy']
         if 'int8' in row.dtypes:
             assert needed <= extras['int8']
 
 
-def test_all_is_every_format_but_the_bridge() -> None:
-    assert [row.name for row in choose_formats('all')] == [n for n in FORMATS if n != 'torchscript']
+def test_all_is_every_format_but_the_bridge_and_the_page() -> None:
+    assert [row.name for row in choose_formats('all')] == [
+        name for name in FORMATS if name not in ('torchscript', 'web')
+    ]
     assert [row.name for row in choose_formats('pt2,pth,pt2')] == ['pt2', 'pth']
 
 

@@ -30,10 +30,10 @@ from repnext_mm.engine.quiet import muffled
 from repnext_mm.runtimes import open_artifact
 
 FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
-RUN_HERE = [name for name, row in FORMATS.items() if row.runtime]
+RUN_HERE = [name for name, row in FORMATS.items() if row.runtime and name != 'web']
 RUN_HERE_AT_ANY_SIZE = ['onnx', 'openvino', 'pth', 'pt2', 'torchscript']
 #: All but the one that needs a C++ compiler, and half a minute of it.
-WRITTEN = [name for name in FORMATS if name != 'aoti']
+WRITTEN = [name for name in FORMATS if name not in ('aoti', 'web')]
 
 
 def source(name: str, **kwargs: Any) -> Source:

@@ -273,6 +273,8 @@ def broken_tool(kind: str) -> Callable[[], None]:
         if kind == 'ours':
             printable(None)  # type: ignore[arg-type]
         elif kind == 'theirs':
+            torch.nn.Linear(2, 3)(torch.zeros(5))
+        elif kind == 'own':
             torch.zeros(2) @ torch.zeros(3)
         raise UserError('a file is missing; restore it.')
 
@@ -280,7 +282,13 @@ def broken_tool(kind: str) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    'kind, words', [('ours', 'a bug of repnext_mm'), ('theirs', 'please report'), ('user', None)]
+    'kind, words',
+    [
+        ('ours', 'a bug of repnext_mm'),
+        ('theirs', 'an error in torch that nobody expected'),
+        ('own', 'test_hostile.py, line'),
+        ('user', None),
+    ],
 )
 def test_bugs_look_like_bugs(
     kind: str, words: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -292,7 +300,8 @@ def test_bugs_look_like_bugs(
     assert ('Traceback (most recent call last)' in err) == (words is not None)
     if words:
         assert words in err.splitlines()[-1]
-        assert 'repnext-mm doctor' in err.splitlines()[-1]
+        cure = 'correct it there' if kind == 'own' else 'repnext-mm doctor'
+        assert cure in err.splitlines()[-1]
     else:
         assert err == 'error: a file is missing; restore it.\n'
 

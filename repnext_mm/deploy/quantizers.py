@@ -13,6 +13,7 @@ float.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -366,6 +367,8 @@ class OpenVINOQuantizer(Quantizer):
         self.ranges: dict[str, tuple[float, float]] = {}
 
     def write(self, layers: Collection[str]) -> None:
+        # Its list of what stays in float is long, and was chosen here.
+        logging.getLogger('nncf').setLevel(logging.WARNING)
         with muffled(), kept_signal_stack():
             import nncf
             from nncf.quantization import advanced_parameters as advanced

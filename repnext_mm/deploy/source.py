@@ -301,7 +301,7 @@ def _fused_with(tensors: Mapping[str, torch.Tensor], model: Any) -> Plan | None:
     if not isinstance(backbone, Network) or backbone.plan is not None:
         return None
     shapes = {k: t.shape for k, t in tensors.items() if k.startswith('backbone.')}
-    fit = find_fit(shapes, 'backbone.', like=backbone)
+    fit = find_fit(shapes, 'backbone.', like=backbone) if shapes else None
     return fit.plan if fit is not None else None
 
 

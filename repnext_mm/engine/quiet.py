@@ -201,7 +201,6 @@ CHATTER = (
         r'INFO:nncf:\d+ ignored nodes were found by (?:names?|types) in the NNCFGraph',
         'the tool has said how many layers stay in float',
     ),
-    Printed(r'\d+ \S.*', "nncf's list of nodes in float, which the tool chose"),
     Printed(
         r'INFO:nncf:Not adding activation input quantizer for operation: .+',
         'the tool has said how many layers stay in float',
