@@ -220,6 +220,22 @@ def test_the_same_inside_the_package(
     np.testing.assert_allclose(boxes, wanted['boxes'], atol=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_openvino_finds_what_onnx_finds(
+    task: str, models: dict[str, Trained], shipped: dict[str, Path]
+) -> None:
+    one, other = (Model(file(shipped[task], suffix)) for suffix in ('hw.onnx', '_openvino'))
+    for path in pictures(models[task]):
+        wanted, found = one(path), other(path)
+        assert found.keys() == wanted.keys()
+        if task == 'seg':
+            assert (found['classes'] != wanted['classes']).mean() < 1e-3
+        else:
+            assert found['labels'].tolist() == wanted['labels'].tolist()
+            np.testing.assert_allclose(found['boxes'], wanted['boxes'], atol=0.01)
+
+
 def test_resizing_is_that_of_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit, for any sizes; the page has the same arithmetic."""
     cv2 = pytest.importorskip('cv2')

@@ -541,8 +541,10 @@ def _open_openvino(path: Path, threads: int | None, precision: str | None) -> An
     options: dict[str, Any] = {'INFERENCE_PRECISION_HINT': precision or 'f32'}
     if threads:
         options['INFERENCE_NUM_THREADS'] = threads
-    compiled = openvino.Core().compile_model(path / 'model.xml', 'CPU', options)
-    names = [output.any_name for output in compiled.outputs]
+    core = openvino.Core()
+    model = core.read_model(path / 'model.xml')
+    names = [output.any_name for output in model.outputs]  # compiling may lose them
+    compiled = core.compile_model(model, 'CPU', options)
     return lambda arrays: dict(zip(names, (np.array(value) for value in compiled(arrays).values())))
 
 
