@@ -11,6 +11,7 @@ from typing import Any
 
 import mm_models
 import numpy as np
+import tool_runs
 import torch
 from conftest import randomise
 from mmengine.config import Config
@@ -121,6 +122,14 @@ def trained(task: str, folder: Path, options: list[str], base: Path | None = Non
     made = Trained(task, config, checkpoint, options)
     made.truth = own_boxes(made, folder) if task == 'det' else own_maps(made, folder)
     return made
+
+
+def small_models(root: Path) -> dict[str, Trained]:
+    """A detector and a segmentor, on a few small scenes."""
+    data = tool_runs.tiny_shapes(root / 'shapes')
+    return {
+        task: trained(task, root / task, tool_runs.options(task, data)) for task in ('det', 'seg')
+    }
 
 
 def own_boxes(model: Trained, folder: Path) -> tuple[str, ...]:

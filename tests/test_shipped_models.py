@@ -14,9 +14,8 @@ from typing import Any
 import browser
 import numpy as np
 import pytest
-import tool_runs
 import torch
-from evaluations import ONE_POINT, Trained, trained
+from evaluations import ONE_POINT, Trained, small_models
 from PIL import Image
 
 from repnext_mm.deploy import web_runtime
@@ -32,11 +31,7 @@ pytest.importorskip('openvino', reason='needs the extra deploy: openvino')
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    root = tmp_path_factory.mktemp('models')
-    data = tool_runs.tiny_shapes(root / 'shapes')
-    return {
-        task: trained(task, root / task, tool_runs.options(task, data)) for task in ('det', 'seg')
-    }
+    return small_models(tmp_path_factory.mktemp('models'))
 
 
 def deploy(model: Trained, folder: Path, *options: str) -> int:
@@ -218,6 +213,41 @@ def test_the_same_inside_the_package(
     assert [row['label'] for row in record['detections']] == wanted['labels'].tolist()
     boxes = [row['box'] for row in record['detections']]
     np.testing.assert_allclose(boxes, wanted['boxes'], atol=0.01)
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_predictor(
+    models: dict[str, Trained], shipped: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From image files, without mm: the AP that the test tool prints."""
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    model = models['det']
+    truth = COCO(model.config.parent / 'found.json')
+    predictor_ = Model(shipped['det'])
+    ids = {category['name']: category['id'] for category in truth.dataset['categories']}
+    rows = []
+    for image in truth.dataset['images']:
+        result = predictor_(model.data_root / 'val2017' / image['file_name'])
+        for number, (x0, y0, x1, y1) in enumerate(result['boxes'].astype(float)):
+            encoded = coco_mask.encode(np.asfortranarray(result['masks'][number].astype(np.uint8)))
+            rows.append(
+                {
+                    'image_id': image['id'],
+                    'category_id': ids[predictor_.classes[result['labels'][number]]],
+                    'score': float(result['scores'][number]),
+                    'bbox': [x0, y0, x1 - x0, y1 - y0],
+                    'segmentation': encoded,
+                }
+            )
+    evaluation = COCOeval(truth, truth.loadRes(rows), 'bbox')
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    capsys.readouterr()
+    assert evaluation.stats[0] == pytest.approx(model.evaluate().metric, abs=0.001)
 
 
 @pytest.mark.slow

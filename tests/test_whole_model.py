@@ -8,7 +8,7 @@ import mm_models
 import pytest
 import tool_runs
 import torch
-from evaluations import ONE_POINT, Trained, trained
+from evaluations import ONE_POINT, Trained, small_models
 from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,11 +19,7 @@ from repnext_mm.deploy.whole_model import derived_config, save_whole_model
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    root = tmp_path_factory.mktemp('models')
-    data = tool_runs.tiny_shapes(root / 'shapes')
-    return {
-        task: trained(task, root / task, tool_runs.options(task, data)) for task in ('det', 'seg')
-    }
+    return small_models(tmp_path_factory.mktemp('models'))
 
 
 def load(config: Path, checkpoint: Path) -> torch.nn.Module:
