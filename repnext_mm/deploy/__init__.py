@@ -1,1 +1,1 @@
-"""Deployment: one table of formats, exporters, runtimes, parity, and the report."""
+"""Deployment: what is exported, the formats, the comparison with PyTorch, and the report."""

@@ -188,9 +188,7 @@ class FeatureParity(Parity):
     def golden(
         self, target: Target, trained: nn.Module, fused: nn.Module, inputs: dict[str, Tensor]
     ) -> Golden:
-        reference = target.with_model(trained)
-        assert isinstance(reference, BackboneTarget)
-        return self.of(reference, inputs)
+        return self.of(BackboneTarget(trained, target.preprocess), inputs)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def of(self, reference: BackboneTarget, inputs: dict[str, Tensor]) -> Golden:

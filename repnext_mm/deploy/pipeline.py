@@ -51,7 +51,7 @@ from .formats import Format, batch_norms, convolutions
 from .fusing import fused_model, inexact_kinds
 from .job import Job
 from .options import Options
-from .parity import PARITIES, FeatureParity, Golden, ParityRow, check_artifact, other_shapes
+from .parity import PARITIES, Golden, ParityRow, check_artifact, other_shapes
 from .quantize import HELD_OUT, TaskMetric, quantize
 from .report import (
     JSON_NAME,
@@ -361,8 +361,10 @@ class Export:
             job.dtype,
         ]
         parts += [job.dynamic] if job.dynamic != 'none' else []
-        if bool(self.preprocess) != self.complete:
-            parts += ['raw'] if self.preprocess else ['normalized']
+        if self.preprocess and not self.complete:
+            parts += ['raw']
+        if self.complete and not self.preprocess and Preprocess.of(self.source.preprocessor):
+            parts += ['normalized']
         parts += ['host'] if self.options.nms == 'host' else []
         parts += ['logits'] if self.options.output == 'logits' else []
         parts += [job.device] if job.device != 'cpu' and 'device' in row.options else []
@@ -466,12 +468,9 @@ class Export:
         return items
 
     def _golden(self, job: Job, inputs: dict[str, Tensor]) -> Golden:
-        parity = PARITIES[job.target.task]
-        if isinstance(parity, FeatureParity):
-            return parity.of(BackboneTarget(self.reference, self.preprocess), inputs)
         fused = self.fused[job.metadata['plan']]
         with muffled():
-            return parity.golden(job.target, self.reference, fused, inputs)
+            return PARITIES[job.target.task].golden(job.target, self.reference, fused, inputs)
 
     def _inputs(self, job: Job) -> list[dict[str, Tensor]]:
         """The images to compare on: as exported, blank for a complete model, of other shapes."""

@@ -54,6 +54,13 @@ class ExportedModel(BaseModel):
         opened = open_artifact(artifact, threads=threads, precision=precision, trust=trust)
         if opened.task == 'backbone':
             raise ArtifactError(f'{opened.path} is a backbone alone; name it by --backbone.')
+        pads = (data_preprocessor or {}).get('test_cfg') or {}
+        if opened.task == 'segmentation' and (pads.get('size') or pads.get('size_divisor')):
+            raise ArtifactError(
+                f'data_preprocessor.test_cfg={dict(pads)} pads images, and {opened.path} returns '
+                'the classes of all that it is given; resize in the test pipeline instead, as '
+                'ResizeToMultiple does.'
+            )
         if opened.metadata.get('preprocess') and data_preprocessor:
             left_out = ('mean', 'std', 'bgr_to_rgb', 'rgb_to_bgr', 'pad_value', 'pad_val')
             data_preprocessor = {k: v for k, v in data_preprocessor.items() if k not in left_out}

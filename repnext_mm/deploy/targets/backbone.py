@@ -16,7 +16,6 @@ class BackboneTarget(Target):
     """`image (N, 3, H, W)` to one float32 feature map `(N, C_i, H_i, W_i)` per stage."""
 
     task = 'backbone'
-    exact = True
     model: PyramidBackbone
 
     def __init__(
@@ -33,9 +32,6 @@ class BackboneTarget(Target):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         stages = self.model(self.prepared(image))
         return stages if self.dtype is None else tuple(stage.float() for stage in stages)
-
-    def with_model(self, model: Any) -> BackboneTarget:
-        return BackboneTarget(model, self.preprocess)
 
     def exactly(self) -> BackboneTarget:
         """A copy in float64."""

@@ -115,8 +115,6 @@ class Target(nn.Module):
     """
 
     task: ClassVar[str]
-    #: Whether a file's numbers are compared as maps in float64.
-    exact: ClassVar[bool] = False
     extras: tuple[Extra, ...] = ()
     output_names: tuple[str, ...] = ()
     step = 1
@@ -165,10 +163,6 @@ class Target(nn.Module):
     def network(self) -> list[nn.Module]:
         """The modules that `reduced` converts."""
         return [self.model]
-
-    def with_model(self, model: nn.Module) -> Target:
-        """The same target over another form of the model."""
-        raise NotImplementedError
 
     def description(self) -> dict[str, Any]:
         """What of the model stands in the metadata of its files."""

@@ -134,9 +134,6 @@ class DetectorTarget(Target):
             )
         return ''
 
-    def with_model(self, model: nn.Module) -> DetectorTarget:
-        return DetectorTarget(model, self.preprocess, None, self.nms)
-
     def description(self) -> dict[str, Any]:
         head: Any = self.model.bbox_head if self.stages is None else self.stages.heads[0]
         more: dict[str, Any] = {'nms': self.nms, 'num_classes': int(head.num_classes)}

@@ -124,11 +124,6 @@ class SegmentorTarget(Target):
             return 'tracing makes constants of its sizes'
         return ''
 
-    def with_model(self, model: nn.Module) -> SegmentorTarget:
-        return SegmentorTarget(
-            model, self.preprocess, None, self.output_names[0], bool(self.extras)
-        )
-
     def description(self) -> dict[str, Any]:
         return {'num_classes': int(self.model.decode_head.num_classes)}
 
