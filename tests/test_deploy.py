@@ -19,6 +19,7 @@ import pytest
 import torch
 from blocking import block
 from conftest import REPO, forget_runs, randomise
+from PIL import Image
 from tool_runs import environment, run_here, succeed
 
 from repnext_mm import RecNeXt, RepNeXt, reparameterize
@@ -28,6 +29,7 @@ from repnext_mm.deploy.folders import LOCK, make_folder
 from repnext_mm.deploy.formats import FORMATS, TORCH_EXPORT, choose_formats
 from repnext_mm.deploy.job import Job
 from repnext_mm.deploy.source import NAMES, load_source
+from repnext_mm.engine.errors import Terminated, signals_wait, sigterm_raises
 from repnext_mm.runtimes import open_artifact
 
 CONFIG = REPO / 'configs' / 'mask_rcnn_repnext_m0_shapes.py'
@@ -255,6 +257,11 @@ def test_512_by_512(tmp_path: Path) -> None:
         ('repnext_m0 --format onnx --dtype bf16', 2, '--dtype bf16 is not possible for onnx'),
         ('repnext_m0 --format coreml --dynamic hw', 2, '--dynamic hw is not possible for coreml'),
         ('repnext_m0 --format onnx --dtype int8', 2, '--dtype int8 needs --calib, a folder of'),
+        (
+            'repnext_m0 --dtype int8 --calib . --calib-images 1',
+            2,
+            '--calib-images 1 is too few to know the ranges of values; give 8 at least',
+        ),
         ('repnext_m0 --out-indices 0,7', 3, 'out_indices=(0, 7) must be one or more increasing'),
         ('repnext_m0 --preprocess embed', 2, '--preprocess embed needs a config whose data_pre'),
         ('repnext_m0 --nms host', 2, '--nms and --output are for --scope model'),
@@ -500,6 +507,53 @@ def test_interrupted(
     report = json.loads((out / 'report.json').read_text())
     assert (report['status'], len(report['artifacts'])) == ('ok', 2)
     assert deploy(*argv) == 2
+
+
+def test_signals_wait_for_code_that_swallows_them() -> None:
+    reached = []
+
+    def convert() -> None:
+        with signals_wait():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                reached.append('the end')
+            except BaseException:
+                reached.append('swallowed')
+        reached.append('too far')
+
+    with sigterm_raises(), pytest.raises(Terminated):
+        convert()
+    assert reached == ['the end']
+
+
+@pytest.mark.parametrize('tool', ['deploy', 'train'])
+def test_interrupted_while_it_is_imported(tool: str) -> None:
+    done = subprocess.Popen(
+        [sys.executable, REPO / 'tools' / f'{tool}.py', 'none'],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where tests run in the background of a script, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(1.0)
+    done.send_signal(signal.SIGINT)
+    _, error = done.communicate(timeout=120)
+    assert (done.returncode, error) == (130, 'interrupted\n')
+
+
+def test_what_int8_refuses_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = tmp_path / 'noise'
+    noise.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        pixels = generator.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(noise / f'{number}.png')
+    argv = ('repnext_m0', '--size', 64, '--dtype', 'int8', '--calib', noise)
+    assert deploy(*argv, '--work-dir', tmp_path / 'out') == 2
+    assert 'noise or blank' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:

@@ -428,6 +428,15 @@ def test_a_file_of_one_size(models: dict[str, Trained], tmp_path: Path) -> None:
         artifact.run_named({'image': torch.zeros(1, 3, 96, 64), 'image_size': [[96, 64]]})
 
 
+@pytest.mark.slow
+def test_an_operator_set_without_a_second_stage(
+    models: dict[str, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy(models['det'], tmp_path / 'out', '--opset', '22') == 2
+    assert 'has no RoiAlign of it; give --opset 21 or lower' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 # --- checkpoints
 
 
@@ -616,6 +625,33 @@ def test_time_and_where_it_goes(
         (record,) = json.loads(capsys.readouterr().out)
         assert {'backbone', 'neck', 'head', 'RoIAlign', 'NMS', 'masks'} <= set(record['parts'])
         assert sum(part['share'] for part in record['parts'].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_core_ml_takes_an_image_and_knows_the_classes(
+    models: dict[str, Trained], tmp_path: Path
+) -> None:
+    coremltools = pytest.importorskip('coremltools', reason='needs the extra deploy: coremltools')
+    assert deploy(models['seg'], tmp_path, '--format', 'coreml') == 0
+    (record,) = json.loads((tmp_path / 'report.json').read_text())['artifacts']
+    assert (record['status'], record['dynamic'], record['inputs']) == (
+        'unverified',
+        'none',
+        ['image'],
+    )
+    description = coremltools.utils.load_spec(str(file(tmp_path, '.mlpackage'))).description
+    image = description.input[0].type.imageType
+    assert (image.width, image.height) == (64, 64)
+    assert image.ColorSpace.Name(image.colorSpace) == 'BGR'
+    (output,) = description.output
+    assert output.name == 'classes'
+    assert output.type.multiArrayType.dataType == output.type.multiArrayType.INT32
+    shown = description.metadata.userDefined['com.apple.coreml.model.preview.parameters']
+    described = json.loads((tmp_path / 'model.json').read_text())
+    assert json.loads(shown)['labels'] == described['classes']
+    golden = np.load(tmp_path / record['golden'])['image']
+    assert (golden == golden.round()).all()
+    assert (golden.min(), golden.max()) == (0, 255)
 
 
 @pytest.mark.slow

@@ -326,7 +326,10 @@ class CoreML(Format):
         model = ct.convert(
             trace(job, 'fp32'),
             inputs=[
-                ct.TensorType(name, shape=tuple(value.shape), dtype=np.float32)
+                # An image as the camera gives it, where the program normalizes it.
+                ct.ImageType(name, shape=tuple(value.shape), color_layout=ct.colorlayout.BGR)
+                if whole and name == INPUT and job.target.preprocess and job.batch == 1
+                else ct.TensorType(name, shape=tuple(value.shape), dtype=np.float32)
                 for name, value in zip(job.input_names, job.example)
             ],
             outputs=[
@@ -340,6 +343,12 @@ class CoreML(Format):
         model.short_description = job.metadata.get('title', 'repnext_mm')
         model.version = job.metadata['version']
         model.user_defined_metadata[METADATA_KEY] = job.metadata_text
+        if whole and job.settings:  # for the preview of Xcode
+            colors = ['#{:02x}{:02x}{:02x}'.format(*color) for color in job.settings['palette']]
+            shown = {'labels': job.settings['classes'], 'colors': colors}
+            preview = 'com.apple.coreml.model.preview'
+            model.user_defined_metadata[f'{preview}.type'] = 'imageSegmenter'
+            model.user_defined_metadata[f'{preview}.parameters'] = json.dumps(shown)
         model.save(str(path))
 
     def operations(self, path: Path) -> Counter[str]:

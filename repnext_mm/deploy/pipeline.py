@@ -35,6 +35,7 @@ from .calibration import (
     MIN_IMAGES,
     RAW,
     calibration_images,
+    check_pictures,
     cover,
     load_picture,
 )
@@ -117,6 +118,8 @@ class Export:
         self.reference: Any = inexact[0] if inexact else source.model
         self.settings = self._settings()
         self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
+        if options.dtype == 'int8':  # refused before there is a folder
+            check_pictures(self._calibration(self.jobs[0][1], options.sizes[0])[:HELD_OUT])
         make_folder(folder)
         self._check_nothing_is_lost()
 
@@ -509,7 +512,9 @@ class Export:
             picture = self._applied().apply(cover(self.picture[None], shape[2:]))
         else:
             image = noise(shape, self.options.seed)
-            return self.preprocess.undo(image) if self.preprocess else image
+            picture = self.preprocess.undo(image) if self.preprocess else image
+        if self.complete and self.preprocess:  # as images are loaded
+            picture = picture.round().clamp(0, 255)
         return picture.expand(shape).contiguous()
 
     def _applied(self) -> Preprocess:

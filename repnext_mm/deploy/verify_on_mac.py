@@ -13,6 +13,7 @@ from typing import Any
 
 import coremltools
 import numpy as np
+from PIL import Image
 
 Arrays = dict[str, Any]
 Rows = Iterator[tuple[str, Any, str]]
@@ -60,7 +61,12 @@ for path in sorted(folder.glob('*.mlpackage')):
     meta = json.loads(model.user_defined_metadata['repnext_mm'])
     golden = dict(np.load(path.with_name(meta['golden'])))
     inputs = {name: golden[name] for name in meta.get('inputs', ['image'])}
-    outputs = model.predict({name: value.astype(np.float32) for name, value in inputs.items()})
+    described = {given.name: given.type for given in model.get_spec().description.input}
+    given = {name: value.astype(np.float32) for name, value in inputs.items()}
+    if described['image'].WhichOneof('Type') == 'imageType':
+        pixels = golden['image'][0, ::-1].transpose(1, 2, 0).astype(np.uint8)  # red first
+        given['image'] = Image.fromarray(np.ascontiguousarray(pixels))
+    outputs = model.predict(given)
     size = golden['image'].shape[2:]
     for name in ('image', 'image_size', 'out_size'):
         golden.pop(name, None)
