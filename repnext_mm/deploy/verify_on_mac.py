@@ -5,6 +5,7 @@ python verify_on_mac.py [FOLDER]
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -41,8 +42,7 @@ def classes(outputs: Arrays, golden: Arrays, exact: bool) -> Rows:
 
 def detections(outputs: Arrays, golden: Arrays, exact: bool, meta: Any, size: Any) -> Rows:
     """The share of the detections of the first image that are found again, by score."""
-    from predict import finish
-
+    finish = importlib.import_module('predict').finish
     found = finish({k: v[0] for k, v in outputs.items()}, meta, size, size, (1.0, 1.0))
     count = golden['counts'][0]
     wanted = [golden[key][:count] for key in ('boxes', 'scores', 'labels')]
