@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fuse a backbone, export it, and prove the artifact equal. See docs/deploy.md."""
+"""Fuse a model, export it, and prove the artifact equal. See docs/deploy.md."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ SPARE = 2 << 30
 Kind = Literal['torch checkpoint', 'TorchScript archive', 'safetensors file']
 
 #: Keys under which training scripts keep the weights, first match wins: timm and DeiT write
-#: averaged (EMA) weights beside the raw ones, and evaluate those.
+#: averaged (EMA) weights beside the raw ones, and evaluate those. mmengine has put the averaged
+#: ones under `state_dict` when it saves, so its `ema_state_dict` comes last.
 CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema_state_dict')
 
 # Objects with attributes only, which training scripts put beside the weights. Allowed while our

@@ -34,6 +34,7 @@ from ..engine.errors import signals_wait
 from ..engine.quiet import muffled
 from ..runtimes import METADATA_KEY
 from ..runtimes.openvino import openvino_core
+from ..runtimes.predictor import digest
 from ..runtimes.programs import load_program
 from ..text import closest
 from .errors import DependencyError, UsageError
@@ -137,7 +138,7 @@ class Weights(Format):
     def export(self, job: Job, path: Path) -> None:
         content = {
             'state_dict': job.module().model.state_dict(),
-            'meta': {METADATA_KEY: job.metadata_text, **job.metadata.get('run', {})},
+            'meta': {METADATA_KEY: job.metadata_text},
         }
         with in_memory(path) as buffer:
             torch.save(content, buffer)
@@ -153,7 +154,11 @@ class Weights(Format):
         return kinds
 
     def refuse_target(self, target: Target) -> str:
-        return '' if target.task == 'backbone' else '--scope model writes it by `save_whole_model`'
+        return (
+            ''
+            if target.task == 'backbone'
+            else 'of a complete model it is written where it is named: --format pth'
+        )
 
 
 class ExportedProgram(Format):
@@ -397,6 +402,8 @@ class Web(ONNX):
             shutil.copyfile(file, path / file.name)
         record = {
             'path': self.main,
+            'format': 'onnx',
+            'sha256': digest(self.file(path)),
             'size': list(job.size),
             'batch': job.batch,
             'dynamic': job.dynamic,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +153,12 @@ class Options:
         """What int8 keeps, in dB."""
         return GATES_DB[task] if self.gate_db is None else self.gate_db
 
-    def tolerance(self, dtype: str, task: str = 'backbone') -> Tolerance:
+    def tolerance(self, dtype: str) -> Tolerance:
         """What artifacts of this dtype must keep to."""
         if dtype != 'int8':
             return TOLERANCES[dtype]
         # The gate holds on average; the one image that is kept may be lower.
-        gate = self.gate(task) - 5 if task == 'backbone' else self.gate(task) / 2
-        lost = 10 ** (-gate / 10)
-        return Tolerance(sqnr_db=gate, pixels=lost, found=1 - lost)
+        return replace(TOLERANCES['int8'], sqnr_db=self.gate('backbone') - 5)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

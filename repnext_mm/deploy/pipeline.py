@@ -336,8 +336,8 @@ class Export:
                 self.earlier = Report.load(self.folder)
         same = self.earlier is not None and self._model_record().same_as(self.earlier.model)
         if self.earlier is not None and same and self.earlier.status == INTERRUPTED:
-            finished = {record.path for record in self.earlier.artifacts}
-            done = [p for p in self.jobs if self.path_of(p).name in finished]
+            finished = {self.folder / record.path for record in self.earlier.artifacts}
+            done = [p for p in self.jobs if (own := self.path_of(p)) in finished and own.exists()]
             if done and len(done) < len(self.jobs) and not self.options.force:
                 self.say(f'going on after {len(done)} artifacts of the run that was interrupted')
                 self.jobs = [pair for pair in self.jobs if pair not in done]
@@ -555,7 +555,7 @@ class Export:
             )
             for r in rows
         ]
-        tolerance = self.options.tolerance(job.dtype, job.target.task)
+        tolerance = self.options.tolerance(job.dtype)
         self.report.artifacts.append(
             ArtifactRecord(
                 format=row.name,
@@ -619,7 +619,7 @@ class Export:
         assert worst is not None
         raise ParityError(
             f'{row.name} differs from the network in {worst.output}: {worst.text} (allowed: '
-            f'{self.options.tolerance(job.dtype, job.target.task)}); it was moved to {target}.'
+            f'{self.options.tolerance(job.dtype).text(job.target.task)}); it was moved to {target}.'
         )
 
     def _write(self, row: Format, job: Job, written: Path) -> Record | None:
@@ -688,7 +688,7 @@ class Export:
         """Parity rows, status, and what ran the artifact in which precision."""
         if row.runtime is None or self.options.parity == 'off':
             return [], UNVERIFIED, None, None
-        tolerance = self.options.tolerance(job.dtype, job.target.task)
+        tolerance = self.options.tolerance(job.dtype)
         try:
             with open_artifact(row.file(written), trust=True) as artifact:
                 results = check_artifact(artifact, goldens, tolerance)

@@ -26,7 +26,7 @@ def open_model(
         ArtifactError: Its file cannot be opened, or is code and not trusted.
     """
     file, settings = find_model(path)
-    if settings['file']['format'] in ('onnx', 'openvino', 'web'):
+    if settings['file'].get('format') in ('onnx', 'openvino'):
         return Model(path, threads, precision)
     artifact = open_artifact(file, threads=threads, precision=precision, trust=trust)
     return Model(path, run=artifact.run_named)

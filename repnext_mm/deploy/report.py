@@ -281,8 +281,8 @@ class Report:
         console.print(table)
 
 
-#: How far an output is off, whatever its kind: the larger the worse.
 def _size(row: ParityRecord) -> float:
+    """How far an output is off, whatever its kind: the larger the worse."""
     keys = ('max_rel', 'pixels', 'box_px')
     return next((float(row.measures[key]) for key in keys if key in row.measures), 0.0)
 

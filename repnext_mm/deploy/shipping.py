@@ -83,10 +83,8 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
         (given.get('test_cfg') or {}).get(key) for key in ('size', 'size_divisor')
     ):
         raise Unshippable('data_preprocessor.test_cfg pads images, which the predictor does not do')
-    count = getattr(target.model, 'decode_head', None)
-    classes = source.classes or tuple(
-        f'class {i}' for i in range(count.num_classes if count is not None else 1000)
-    )
+    described = target.description()
+    classes = source.classes or tuple(f'class {i}' for i in range(described['num_classes']))
     normalize = Preprocess.of(given) if target.preprocess is None else None
     return {
         'schema': predictor.SCHEMA,
@@ -101,7 +99,7 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
         if normalize is None
         else {'mean': normalize.mean, 'std': normalize.std, 'swap': normalize.swap},
         'checkpoint_sha256': source.checkpoint_sha256,
-        **target.description(),
+        **described,
     }
 
 
@@ -138,8 +136,11 @@ def ship(folder: Path, settings: Mapping[str, Any], artifacts: list[ArtifactReco
             'outputs': record.outputs,
         }
         for record in artifacts
-        if record.status in ('ok', 'unverified')
+        # The folder of a page describes itself.
+        if record.status in ('ok', 'unverified') and record.format != 'web'
     ]
+    if not files:
+        return
     text = json.dumps({**settings, 'files': files}, indent=1)
     write_text(folder / MODEL_JSON, text + '\n')
     shutil.copyfile(predictor.__file__, folder / PREDICT)

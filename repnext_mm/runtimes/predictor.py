@@ -392,7 +392,6 @@ class Model:
         threads: To compute on; the runtime chooses when None.
         precision: What OpenVINO computes in: 'f32', 'bf16' or 'f16'.
         run: Runs the model in place of the runtime: arrays by name in, arrays by name out.
-        settings: In place of those in model.json.
 
     Attributes:
         settings: What model.json says.
@@ -408,9 +407,8 @@ class Model:
         threads: int | None = None,
         precision: str | None = None,
         run: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None,
-        settings: Settings | None = None,
     ) -> None:
-        self.path, self.settings = find_model(Path(path), settings)
+        self.path, self.settings = find_model(Path(path))
         try:
             record, dynamic = self.settings['file'], self.settings['file']['dynamic']
             self.size: Sequence[int] | None = None if 'hw' in dynamic else record['size']
@@ -454,23 +452,20 @@ class Model:
         return {name: np.asarray(value)[0] for name, value in outputs.items()}
 
 
-def find_model(path: Path, given: Settings | None = None) -> tuple[Path, dict[str, Any]]:
+def find_model(path: Path) -> tuple[Path, dict[str, Any]]:
     """A file to run, and its settings.
 
     Raises:
         PredictError: There is none, or it is not the file that model.json describes.
     """
     folder = path if (path / 'model.json').exists() else path.parent
-    if given is None:
-        try:
-            settings = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise PredictError(
-                f'{folder / "model.json"} cannot be read ({error}); an export writes it beside '
-                'its files.'
-            ) from error
-    else:
-        settings = dict(given)
+    try:
+        settings = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise PredictError(
+            f'{folder / "model.json"} cannot be read ({error}); an export writes it beside its '
+            'files.'
+        ) from error
     files = settings.get('files') if isinstance(settings, dict) else None
     listing = isinstance(files, list) and all(
         isinstance(f, dict) and isinstance(f.get('path'), str) for f in files
@@ -488,9 +483,9 @@ def find_model(path: Path, given: Settings | None = None) -> tuple[Path, dict[st
     file = folder / record['path']
     if folder.resolve() not in file.resolve().parents:
         raise PredictError(f'{file} is not in the folder of its model.json; export again.')
-    if given is None and digest(file) != record.get('sha256'):
+    if digest(file) != record.get('sha256'):
         raise PredictError(f'{file} is not the file that model.json describes; export again.')
-    return file, {**settings, **record.get('settings', {}), 'file': record}
+    return file, {**settings, 'file': record}
 
 
 def digest(path: Path) -> str:
@@ -515,8 +510,10 @@ def _open(
     path: Path, threads: int | None, precision: str | None
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     kind = 'onnxruntime' if path.suffix == '.onnx' else 'openvino'
-    if kind == 'openvino' and not path.is_dir():
-        raise PredictError(f'{path} needs PyTorch; use `repnext-mm predict`, or an ONNX file.')
+    if kind == 'openvino' and not (path / 'model.xml').is_file():
+        raise PredictError(
+            f'{path} is neither ONNX nor OpenVINO; `repnext-mm predict` runs files of PyTorch.'
+        )
     try:
         return (_open_onnx if kind == 'onnxruntime' else _open_openvino)(path, threads, precision)
     except ImportError as error:

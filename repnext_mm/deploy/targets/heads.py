@@ -32,7 +32,7 @@ class Level(NamedTuple):
     """What a dense head says at one level: of every anchor, in the order of mm.
 
     Args:
-        scores: `(N, A, C)`, or logits where `DenseHead.selects_logits`.
+        scores: `(N, A, C)`: what `DenseHead.probabilities` takes.
         boxes: What `decode` makes boxes of, `(N, A, D)`.
         priors: `(A, P)`.
         factors: `(N, A)` that scores are multiplied with after the selection, or None.
