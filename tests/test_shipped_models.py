@@ -118,6 +118,17 @@ def test_bfloat16_and_float16_have_their_own_figures(
 
 
 @pytest.mark.slow
+def test_logits_are_compared_as_a_map(models: dict[str, Trained], tmp_path: Path) -> None:
+    """In float64, at the size of the image and at that of an original."""
+    assert deploy(models['seg'], tmp_path, '--output', 'logits') == 0
+    rows = json.loads((tmp_path / 'report.json').read_text())['parity']
+    assert {row['output'] for row in rows} == {'logits'}
+    assert len({tuple(row['measures']['shape']) for row in rows}) == len(rows) > 2
+    assert all(row['measures']['max_rel'] <= 1e-4 for row in rows)
+    assert deploy_main(['check', str(tmp_path)]) == 0
+
+
+@pytest.mark.slow
 def test_files_that_the_test_tool_refuses(
     models: dict[str, Trained], shipped: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -785,6 +785,7 @@ def golden_name(
     kind = '_int8' if dtype == 'int8' else ''
     raw = '_raw' if preprocess else ''
     task = '' if target.task == 'backbone' else f'_{target.task}'
+    task += '_logits' if target.output_names == ('logits',) else ''
     return f'golden_{size[0]}x{size[1]}_b{batch}{kind}{raw}{task}.npz'
 
 
