@@ -237,15 +237,16 @@ def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def config_loader(cfg: Any) -> dict[str, Any] | None:
     """How a config loads the images that its model is tested on, for `read_image`."""
-    seen = _tested_on(cfg)
-    loader = image_loader(_innermost(seen.dataset).get('pipeline') or ()) if seen else None
+    seen = tested_on(cfg)
+    loader = image_loader(innermost(seen['dataset']).get('pipeline') or ()) if seen else None
     if loader and loader['type'] != 'LoadImageFromFile':
         # One of a framework or of the user's own, which registers there.
         loader['_scope_'] = cfg.get('default_scope') or 'mmengine'
     return loader
 
 
-def _tested_on(cfg: Any) -> Any:
+def tested_on(cfg: Any) -> Any:
+    """The loader of a config's test data, or of what it has instead; None without any."""
     loaders = (cfg.get(f'{split}_dataloader') for split in ('test', 'val', 'train'))
     return next(filter(None, loaders), None)
 
@@ -271,12 +272,12 @@ def _dataset(
     loaders = {split: cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
     # What the metric is measured on is better not calibrated on as well.
     split = next((name for name, loader in loaders.items() if loader), None)
-    seen = _tested_on(cfg)
+    seen = tested_on(cfg)
     if split is None or seen is None:
         raise UsageError(f'{path} has no data set to calibrate on; give a folder of images.')
     require(check_sources(cfg, (split,)).findings)
-    settings = _innermost(loaders[split].dataset)
-    pipeline = _innermost(seen.dataset).pipeline
+    settings = innermost(loaders[split].dataset)
+    pipeline = innermost(seen.dataset).pipeline
     settings.update(pipeline=pipeline, test_mode=True)
     with DefaultScope.overwrite_default_scope(scope):
         dataset = DATASETS.build(settings)
@@ -285,8 +286,8 @@ def _dataset(
     return dataset, Preprocess.of(preprocessor) or RAW, image_loader(pipeline)
 
 
-def _innermost(settings: Any) -> Any:
+def innermost(settings: Any) -> Any:
     """The first data set inside wrappers such as RepeatDataset and ConcatDataset."""
     while 'dataset' in settings or 'datasets' in settings:
-        settings = settings.get('dataset') or settings.datasets[0]
+        settings = settings.get('dataset') or settings['datasets'][0]
     return settings

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from ..runtimes import EXTRAS, unpadded
 from .targets import INPUT, Target
 
 #: What torch.onnx writes and ONNX Runtime reads; below 18 it converts, and that fails for some.
@@ -67,7 +68,7 @@ class Job:
 
     @property
     def input_names(self) -> list[str]:
-        return [INPUT, *(extra.name for extra in self.target.extras)]
+        return [INPUT, *self.target.extras]
 
     @property
     def example(self) -> tuple[Tensor, ...]:
@@ -81,13 +82,14 @@ class Job:
         image = torch.randn(batch, 3, height, width, generator=generator)
         if self.target.preprocess is not None:
             image = self.target.preprocess.undo(image)
-        return image, *(extra.of(batch, (height, width)) for extra in self.target.extras)
+        inputs = unpadded(self.input_names, image.numpy())
+        return tuple(torch.from_numpy(value) for value in inputs.values())
 
     def open_dims(self) -> list[tuple[int, ...]]:
         """For each input, its dimensions that stay open."""
         batch = (0,) if 'batch' in self.dynamic else ()
         image = (*batch, *((2, 3) if 'hw' in self.dynamic else ()))
-        return [image, *(batch if extra.per_image else () for extra in self.target.extras)]
+        return [image, *(batch if EXTRAS[name][1] else () for name in self.target.extras)]
 
     def program(self, dtype: str | None = None, device: str = 'cpu') -> ExportedProgram:
         """The exported program that most formats are made from; traced once for all of them."""

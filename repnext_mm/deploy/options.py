@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,13 @@ class Options:
         if dtype != 'int8':
             return TOLERANCES[dtype]
         # The gate holds on average; the one image that is kept may be lower.
-        return replace(TOLERANCES['int8'], sqnr_db=self.gate('backbone') - 5)
+        least = TOLERANCES['int8']
+        lost = 0.0 if self.gate_db is None else 10 ** (-self.gate_db / 10)
+        return Tolerance(
+            sqnr_db=self.gate('backbone') - 5,
+            pixels=max(least.pixels, lost),
+            found=min(least.found, 1 - lost),
+        )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

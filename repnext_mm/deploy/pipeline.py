@@ -25,7 +25,7 @@ from ..network import Network, Plan
 from ..reparam import prove, reparameterize
 from ..reparam.fusion import INEXACT
 from ..reparam.verify import noise
-from ..runtimes import ArtifactError, open_artifact
+from ..runtimes import ArtifactError, open_artifact, unpadded
 from ..runtimes.predictor import digest
 from ..version import __version__
 from .bench import choose_plan
@@ -67,6 +67,8 @@ from .report import (
 from .shipping import Unshippable, settings_of, ship
 from .source import Source
 from .targets import (
+    IMAGE_SIZE,
+    INPUT,
     OUT_SIZE,
     BackboneTarget,
     DetectorTarget,
@@ -484,26 +486,22 @@ class Export:
         images += [torch.zeros(job.shape)] if self.complete else []
         found = []
         for number, image in enumerate(images):
-            batch, _, height, width = image.shape
-            size = height, width
-            inputs = {'image': image}
-            for extra in self.target.extras:
-                value = extra.of(batch, size)
-                if extra.per_image and number == 1:  # padded on the right and below
-                    value = value - torch.tensor([height // 5, width // 7]).to(value)
-                    value = self._cleared(image, value)
-                elif extra.name == OUT_SIZE and number:
-                    value = value * 5 // 4 + 3
-                inputs[extra.name] = value
+            arrays = unpadded([INPUT, *self.target.extras], image.numpy())
+            inputs = {name: torch.from_numpy(value) for name, value in arrays.items()}
+            if IMAGE_SIZE in inputs and number == 1:  # padded on the right and below
+                height, width = image.shape[2:]
+                inputs[IMAGE_SIZE] -= torch.tensor([height // 5, width // 7])
+                self._clear(image, inputs[IMAGE_SIZE])
+            elif OUT_SIZE in inputs and number:
+                inputs[OUT_SIZE] = inputs[OUT_SIZE] * 5 // 4 + 3
             found.append(inputs)
         return found
 
     @staticmethod
-    def _cleared(image: Tensor, sizes: Tensor) -> Tensor:
-        """Write zeros outside of the sizes, in place; returns the sizes."""
+    def _clear(image: Tensor, sizes: Tensor) -> None:
+        """Write zeros outside of the sizes, in place."""
         for own, (height, width) in zip(image, sizes.int().tolist()):
             own[:, height:], own[:, :, width:] = 0, 0
-        return sizes
 
     def _image(self, job: Job, shape: tuple[int, int, int, int]) -> Tensor:
         if job.dtype == 'int8':

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..engine.errors import UserError, run_tool, sigterm_raises
 from ..program import program
 from ..runtimes import ArtifactError, open_artifact
-from ..runtimes.predictor import Model, PredictError, find_model, predict_all
+from ..runtimes.predictor import Model, PredictError, add_options, find_model, predict_all
 
 
 def open_model(
@@ -37,15 +36,13 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program('predict'), description='Run an exported model on images.'
     )
-    add: Any = parser.add_argument
-    add('model', type=Path, help='folder of an export, its model.json, or one of its files')
-    add('images', nargs='+', help='images, or folders of images')
-    add('--out', type=Path, help='picture with the results; a folder for several images')
-    add('--json', action='store_true', help='print the results as JSON')
-    add('--threshold', type=float, default=0.3, help='least score that is drawn (0.3)')
-    add('--threads', type=int, help="to compute on (None: the runtime's)")
-    add('--precision', choices=('f32', 'bf16', 'f16'), help='of OpenVINO')
-    add('--trust', action='store_true', help='run a file that is code, which you made')
+    parser.add_argument(
+        'model', type=Path, help='folder of an export, its model.json, or one of its files'
+    )
+    add_options(parser)
+    parser.add_argument(
+        '--trust', action='store_true', help='run a file that is code, which you made'
+    )
     args = parser.parse_args(argv)
     code = 0
 

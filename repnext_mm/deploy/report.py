@@ -21,13 +21,13 @@ from .errors import UsageError
 SCHEMA_VERSION = 2
 JSON_NAME, MARKDOWN_NAME = 'report.json', 'report.md'
 COLUMNS = ('format', 'dtype', 'status', 'MB', 'difference', 'metric', 'p50 ms (p90)',
-           'vs upstream', 'file')  # fmt: skip
+           'time / reference', 'file')  # fmt: skip
 LATENCY_COLUMNS = (
     'what',
     'computes in',
     'p50 ms (p90)',
-    'vs upstream [95 %]',
-    'vs PyTorch eager, upstream',
+    'time / reference [95 %]',
+    'time / baseline',
     'verdict',
     'noise',
 )
@@ -244,6 +244,8 @@ class Report:
         lines = []
         for bench in self.bench:
             height, width = bench['size']
+            shape = bench['batch'], bench['size']
+            rows_of = [row for row in self.latency if (row['batch'], row['size']) == shape]
             rows = [
                 (
                     row['name'],
@@ -254,8 +256,7 @@ class Report:
                     row['verdict'],
                     row['noise'],
                 )
-                for row in self.latency
-                if (row['batch'], row['size']) == (bench['batch'], bench['size'])
+                for row in rows_of
             ]
             lines += [
                 f'## Latency, {bench["batch"]}x3x{height}x{width}',
@@ -263,6 +264,11 @@ class Report:
                 f'![Latency]({bench["picture"]})',
                 '',
                 *markdown_table(LATENCY_COLUMNS, rows),
+                '',
+                f'The reference is plan upstream in the same runtime and precision, of complete '
+                f'models the baseline; the baseline is {rows_of[0]["baseline"]}.'
+                if rows_of
+                else '',
                 '',
                 f'{bench["threads"]} threads; {environment.summary(bench["env"])}',
                 '',

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..engine.stored import registered
 from ..files import write_text
 from ..runtimes import predictor
+from .calibration import innermost, tested_on
 from .report import ArtifactRecord
 from .source import Source
 from .targets import Preprocess, Target
@@ -30,11 +32,9 @@ def pipeline_steps(cfg: Any) -> list[dict[str, Any]]:
     Raises:
         Unshippable: It has a step that the predictor does not know.
     """
-    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset or 'datasets' in dataset:
-        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    loader = tested_on(cfg)
     steps = []
-    for step in dataset.get('pipeline') or ():
+    for step in (innermost(loader['dataset']).get('pipeline') or ()) if loader else ():
         name = step['type'] if isinstance(step['type'], str) else step['type'].__name__
         name = name.rpartition('.')[2]
         if name.startswith(WITHOUT_EFFECT) or (name == 'RandomFlip' and not step.get('prob')):
@@ -105,9 +105,8 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
 
 def palette(cfg: Any, count: int) -> list[list[int]]:
     """A color `[r, g, b]` for each class: the data set's own, or well apart."""
-    from ..engine.stored import registered_dataset
-
-    own = registered_dataset(cfg)
+    loader = tested_on(cfg)
+    own = registered(innermost(loader['dataset']), cfg.get('default_scope')) if loader else None
     colors = getattr(own, 'METAINFO', {}).get('palette')
     if isinstance(colors, list | tuple) and len(colors) >= count:
         return [[int(value) for value in color] for color in colors[:count]]

@@ -69,24 +69,13 @@ def config_classes(cfg: Config, split: str = 'test') -> tuple[str, ...] | None:
             return names
         inner = dataset.get('dataset') or dataset.get('datasets')
         if inner is None:
-            built = _registered(dataset, cfg.get('default_scope'))
+            built = registered(dataset, cfg.get('default_scope'))
             return _names(getattr(built, 'METAINFO', {}).get('classes'))
         dataset = inner[0] if isinstance(inner, Sequence) else inner
     return None
 
 
-def registered_dataset(cfg: Config, split: str = 'test') -> Any:
-    """The class of a config's innermost data set, if its framework is imported; or None."""
-    dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
-    while isinstance(dataset, Mapping):
-        inner = dataset.get('dataset') or dataset.get('datasets')
-        if inner is None:
-            return _registered(dataset, cfg.get('default_scope'))
-        dataset = inner[0] if isinstance(inner, Sequence) else inner
-    return None
-
-
-def _registered(dataset: Mapping[str, Any], scope: str | None) -> Any:
+def registered(dataset: Mapping[str, Any], scope: str | None) -> Any:
     """The class of a data set, if its framework is imported already."""
     kind = dataset.get('type')
     if not isinstance(kind, str):

@@ -380,21 +380,21 @@ def latency_table(measured: Measured) -> Table:
     """For people: one line per row, the fastest first."""
     rows = sorted(measured.rows(), key=lambda r: r['vs_baseline'])
     notes = [[r['verdict']] + [r['noise']] * (r['noise'] != 'ok') for r in rows]
-    return tables.timing_table(
-        [
-            ('', [r['name'] for r in rows]),
-            ('precision', [r['precision'] for r in rows]),
-            ('ms', [f'{r["p50"]:.1f}' for r in rows]),
-            ('p90', ['-' if r['p90'] is None else f'{r["p90"]:.1f}' for r in rows]),
-            ('time / upstream', [_with_interval(r['ratio'], r['ci95']) for r in rows]),
-            (
-                'time / baseline',
-                [_with_interval(r['vs_baseline'], r['vs_baseline_ci95']) for r in rows],
-            ),
-            ('', [', '.join(each) for each in notes]),
-            ('load s', [f'{r["load_s"]:.1f}' for r in rows]),
-        ]
-    )
+    alone = len({r['reference'] for r in rows}) == 1  # the same column twice
+    columns = [
+        ('', [r['name'] for r in rows]),
+        ('precision', [r['precision'] for r in rows]),
+        ('ms', [f'{r["p50"]:.1f}' for r in rows]),
+        ('p90', ['-' if r['p90'] is None else f'{r["p90"]:.1f}' for r in rows]),
+        ('time / upstream', [_with_interval(r['ratio'], r['ci95']) for r in rows]),
+        (
+            'time / baseline',
+            [_with_interval(r['vs_baseline'], r['vs_baseline_ci95']) for r in rows],
+        ),
+        ('', [', '.join(each) for each in notes]),
+        ('load s', [f'{r["load_s"]:.1f}' for r in rows]),
+    ]
+    return tables.timing_table([c for c in columns if not (alone and c[0] == 'time / upstream')])
 
 
 def _with_interval(ratio: float, interval: Sequence[float]) -> str:
@@ -404,11 +404,13 @@ def _with_interval(ratio: float, interval: Sequence[float]) -> str:
 def show(measured: Measured, console: Console) -> None:
     """Print the table and what a reader must know of it."""
     console.print(latency_table(measured))
-    console.print(
-        f'Time / upstream is against plan upstream in the same runtime and precision (int8: in '
-        f'float32), time / baseline against {measured.baseline}; p90 needs 64 runs.',
-        highlight=False,
-    )
+    text = f'Time / baseline is against {measured.baseline}; p90 needs 64 runs.'
+    if any(r['reference'] != measured.baseline for r in measured.rows()):
+        text = (
+            'Time / upstream is against plan upstream in the same runtime and precision (int8: in '
+            f'float32). {text}'
+        )
+    console.print(text, highlight=False)
     for name, reason in measured.failed.items():
         console.print(f'Not timed: {name}: {reason}', highlight=False, markup=False)
     if not measured.load['headline']:

@@ -33,7 +33,7 @@ def open_artifact(
     providers: Sequence[str] | None = None,
     trust: bool = False,
 ) -> Artifact:
-    """Open an exported backbone.
+    """Open an exported backbone, segmentor or detector.
 
     ONNX, OpenVINO and fused `.pth` files are data, and so is an exported program (`.pt2`) that is
     not refused. An AOTInductor package is machine code, and a TorchScript file is a program, which
@@ -51,8 +51,8 @@ def open_artifact(
 
     Raises:
         ArtifactError: There is no such file, it is code and not trusted, its runtime is not
-            installed or refuses it, or it is not a backbone: one image `(N, 3, H, W)` in, feature
-            maps out.
+            installed or refuses it, or its inputs are not those of an exported model: an image
+            `(N, 3, H, W)`, then maybe `image_size` or `out_size`.
     """
     file = _find(Path(path))
     artifact = _kind(file)(file)

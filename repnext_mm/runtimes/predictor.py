@@ -625,17 +625,23 @@ def _save(image: np.ndarray, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 1 where an image could not be read."""
-    parser = argparse.ArgumentParser(description='Run an exported model on images.')
-    add = parser.add_argument
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the images and what is done with them."""
+    add: Any = parser.add_argument
     add('images', nargs='+', help='images, or folders of images')
-    add('--model', default=str(Path(__file__).parent), help='model.json, its folder, or a file')
     add('--out', type=Path, help='picture with the results; a folder for several images')
     add('--json', action='store_true', help='print the results as JSON')
     add('--threshold', type=float, default=0.3, help='least score that is drawn (default 0.3)')
     add('--threads', type=int, help="to compute on (default: the runtime's)")
     add('--precision', choices=('f32', 'bf16', 'f16'), help='of OpenVINO')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 1 where an image could not be read."""
+    parser = argparse.ArgumentParser(description='Run an exported model on images.')
+    here = str(Path(__file__).parent)
+    parser.add_argument('--model', default=here, help='model.json, its folder, or a file')
+    add_options(parser)
     args = parser.parse_args(argv)
     try:
         model = Model(args.model, args.threads, args.precision)

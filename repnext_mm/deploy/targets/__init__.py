@@ -1,7 +1,7 @@
 """What can be exported: a backbone, or a complete segmentor or detector."""
 
 from .backbone import BackboneTarget
-from .base import IMAGE_SIZE, INPUT, OUT_SIZE, Extra, Preprocess, Target, UnsupportedModel
+from .base import IMAGE_SIZE, INPUT, OUT_SIZE, Preprocess, Target, UnsupportedModel
 from .detector import DetectorTarget
 from .segmentor import SegmentorTarget
 
@@ -11,7 +11,6 @@ __all__ = [
     'OUT_SIZE',
     'BackboneTarget',
     'DetectorTarget',
-    'Extra',
     'Preprocess',
     'SegmentorTarget',
     'Target',

@@ -76,26 +76,6 @@ class Preprocess:
         return raw.flip(1) if self.swap else raw
 
 
-@dataclass(frozen=True)
-class Extra:
-    """An input beside the image.
-
-    Args:
-        name: As the file calls it.
-        dtype: Of its numbers.
-        per_image: Whether it has a row for each image.
-    """
-
-    name: str
-    dtype: torch.dtype
-    per_image: bool
-
-    def of(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """Its value for images without padding that keep their size."""
-        row = torch.tensor(size, dtype=self.dtype)
-        return row.expand(batch, 2).clone() if self.per_image else row
-
-
 class Target(nn.Module):
     """A model as every format presents it: `image (N, 3, H, W)` float32 to named tensors.
 
@@ -108,14 +88,14 @@ class Target(nn.Module):
     Attributes:
         task: What it is for; the key of everything that depends on it.
         output_names: One for each output, in their order.
-        extras: Inputs beside the image.
+        extras: Names of inputs beside the image; `runtimes.EXTRAS` says what they are.
         step: What height and width must be divisible by; 1 for any.
         least_side: The smallest height and width.
         lowers_once: Whether sizes depend on values, so that a program can be lowered only once.
     """
 
     task: ClassVar[str]
-    extras: tuple[Extra, ...] = ()
+    extras: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     step = 1
     least_side = 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...operators.suppression import PRESENT
 from . import boxes
-from .base import IMAGE_SIZE, Extra, Preprocess, Target, UnsupportedModel
+from .base import IMAGE_SIZE, Preprocess, Target, UnsupportedModel
 from .heads import Found, RoIStages, RTMDetInsHead, dense_head, proposal_head, same_methods
 
 
@@ -30,7 +30,7 @@ class DetectorTarget(Target):
     """
 
     task = 'detection'
-    extras = (Extra(IMAGE_SIZE, torch.float32, per_image=True),)
+    extras = (IMAGE_SIZE,)
     model: Any
 
     def __init__(

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import OUT_SIZE, Extra, Preprocess, Target, UnsupportedModel
-
-#: Sides that an image may be resized to.
-LEAST, MOST = 2, 16384
+from ...runtimes import LEAST_SIDE, MOST_SIDE
+from .base import OUT_SIZE, Preprocess, Target, UnsupportedModel
 
 
 class OpenUpsample(nn.Module):
@@ -87,7 +85,7 @@ class SegmentorTarget(Target):
         _require_whole(model)
         super().__init__(opened(copy.deepcopy(model)), preprocess, dtype)
         self.output_names = (output,)
-        self.extras = (Extra(OUT_SIZE, torch.int64, per_image=False),) if sized else ()
+        self.extras = (OUT_SIZE,) if sized else ()
         self.lowers_once = sized
         self.align_corners = self.model.align_corners
         self.threshold: Any = getattr(self.model.decode_head, 'threshold', None)
@@ -99,8 +97,8 @@ class SegmentorTarget(Target):
         if out_size is not None:
             height, width = (out_size[i].item() for i in range(2))
             for side in (height, width):
-                torch._check(side >= LEAST)
-                torch._check(side <= MOST)
+                torch._check(side >= LEAST_SIDE)
+                torch._check(side <= MOST_SIDE)
             logits = self._resized(logits, (height, width))
         if self.output_names == ('logits',):
             return logits
