@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from evaluations import ONE_POINT, trained
 from tool_runs import succeed_here
 
+from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.engine.cli import evaluate_main, train_main
 
 COCO = [
@@ -100,3 +102,33 @@ def test_train_and_evaluate_on_real_images(
     results = json.loads((tmp_path / re.match(r'Wrote (\S+\.json)', last)[1]).read_text())
     for metric in metrics:
         assert results[metric] == pytest.approx(evaluation[metric], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'task, config, folder, scale',
+    [
+        ('det', 'mask_rcnn_repnext_m0_coco.py', 'coco', '(320,192)'),
+        ('seg', 'semantic_fpn_repnext_m0_ade20k.py', 'ade/ADEChallengeData2016', '(256,64)'),
+    ],
+)
+def test_the_file_that_ships_on_real_images(
+    task: str, config: str, folder: str, scale: str, data_root: Path, tmp_path: Path
+) -> None:
+    """Images of many sizes and shapes, 80 and 150 classes: AP and mIoU are PyTorch's."""
+    pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
+    options = [
+        '--no-check',  # random masks do not lie in their boxes
+        '--cfg-options',
+        f'data_root={data_root / folder}/',
+        f'test_dataloader.dataset.pipeline.1.scale={scale}',
+    ]
+    model = trained(task, tmp_path / task, options, base=REPO / 'configs' / config)
+    expected = model.evaluate().metric
+    assert expected > 50 * ONE_POINT[task]
+    command = [str(model.config), str(model.checkpoint), '--size', '192']
+    assert deploy_main([*command, '--format', 'onnx,openvino', '--work-dir', str(tmp_path)]) == 0
+    for suffix in ('.onnx', '_openvino'):
+        (path,) = tmp_path.glob(f'*{suffix}')
+        found = model.evaluate('--model', path).metric
+        assert abs(found - expected) < 0.1 * ONE_POINT[task], suffix
