@@ -94,6 +94,11 @@ class Network(nn.Module):
         self.plan = report.plan
         self.fusion_report = report
 
+    def twin(self, plan: Plan | None) -> Network:
+        """The same network in another form, with weights of its own."""
+        options: dict[str, Any] = dict(norm_cfg=self.norm_cfg, deploy=plan or False)
+        return type(self)(self.settings, **options)  # type: ignore[arg-type]
+
     def describe(self) -> str:
         """The call that builds this network."""
         return describe(type(self), self.arch if self.arch in self.arch_zoo else None, self.plan)
@@ -124,6 +129,11 @@ def networks_in(model: nn.Module, kind: type[N], purpose: str) -> list[N]:
     return networks
 
 
+def family_of(network: Network) -> type[Network]:
+    """The family whose table of variants a network has."""
+    return next(cls for cls in type(network).__mro__ if 'arch_zoo' in vars(cls))
+
+
 def families() -> Iterator[type[Network]]:
     """The families of this package, and of whoever builds on it."""
     for registered in Network.__subclasses__():
@@ -135,6 +145,7 @@ def families() -> Iterator[type[Network]]:
 
 def _subclasses(base: type[Network]) -> Iterator[type[Network]]:
     for family in base.__subclasses__():
-        if hasattr(family, 'arch_zoo'):
+        # One that takes over the table of another is that family with heads.
+        if 'arch_zoo' in vars(family):
             yield family
         yield from _subclasses(family)

@@ -44,7 +44,7 @@ KINDS = {
     'release': ('repnext_m0_distill_300e.pth', save_release, "658|671 tensors under 'model'"),
     'timm': ('a.pth.tar', functools.partial(save_timm, with_ema=False), "under 'state_dict'"),
     'timm EMA': ('b.pth.tar', functools.partial(save_timm, with_ema=True), "'state_dict_ema'"),
-    'upstream run': ('checkpoint_best.pth', save_upstream_run, "under 'model_ema'"),
+    'upstream run': ('checkpoint_best.pth', save_upstream_run, "under 'model', not those"),
     'MMDetection 2.28': ('coco.pth', save_mm2, "prefix 'backbone.'"),
     'MMEngine': ('epoch_1.pth', save_mm3, "prefix 'backbone.'"),
     'safetensors': ('model.safetensors', save_safetensors, 'safetensors file'),
@@ -82,6 +82,19 @@ def test_every_kind_loads(
     assert len(lines) == 1
     assert '657 matched, 0 missing, 0 unexpected' in lines[0]
     assert re.search(said, lines[0]), lines[0]
+
+
+def test_another_container_is_chosen_by_name(tmp_path: Path) -> None:
+    path = save_upstream_run(tmp_path / 'checkpoint_best.pth')
+    model = RepNeXt(
+        'm0', init_cfg=dict(type='Pretrained', checkpoint=str(path), container='model_ema')
+    )
+    model.init_weights()
+    assert_holds(model, {k: v + 1 for k, v in state_of().items()})
+    with pytest.raises(CheckpointError, match="container='ema'; it has 'model', 'model_ema'"):
+        load_pretrained(model, path, container='ema')
+    with pytest.raises(CheckpointError, match='safetensors file, which has no container'):
+        load_pretrained(model, save_safetensors(tmp_path / 'a.safetensors'), container='model')
 
 
 def test_what_is_ignored_is_said(tmp_path: Path) -> None:

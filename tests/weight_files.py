@@ -147,8 +147,8 @@ def save_upstream_run(path: Path) -> Path:
     """As the published training script writes it: averaged weights beside the raw ones."""
     raw = state_of() | classifier()
     content = {
-        'model': {k: v + 1 for k, v in raw.items()},
-        'model_ema': raw,
+        'model': raw,
+        'model_ema': {k: v + 1 for k, v in raw.items()},
         'epoch': 3,
         'scaler': {},
         'args': argparse.Namespace(output_dir='out'),

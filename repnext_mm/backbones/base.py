@@ -149,14 +149,18 @@ class PyramidBackbone(BaseModule, Network):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """`(N, 3, H, W)` to one `(N, C_i, ceil(H / stride_i), ceil(W / stride_i))` per stage."""
+        return self.compute(x, self.out_indices)
+
+    def compute(self, x: Tensor, indices: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The outputs of the stages `indices`, which increase."""
         converts = self._computes_channels_last(x) and not is_channels_last(x)
         if converts:
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         outs = []
-        for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
+        for i, stage in enumerate(self.stages[: indices[-1] + 1]):
             x = stage(x)
-            if i in self.out_indices:
+            if i in indices:
                 outs.append(x.contiguous() if converts else x)
         return tuple(outs)
 

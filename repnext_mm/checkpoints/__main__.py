@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('checkpoint', nargs='?', help='published name, URL or path')
     parser.add_argument('--list', action='store_true', help='list the published names')
     parser.add_argument('--prefix', help="where the backbone's keys begin (default: found)")
+    parser.add_argument(
+        '--container', help='key of the weights in a torch checkpoint (default: the first there is)'
+    )
     args = parser.parse_args(argv)
     if args.list:
         for row in PUBLISHED.values():
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.checkpoint is None:
         parser.error('give a checkpoint, or --list')
     try:
-        weights = read_weights(fetch(args.checkpoint))
+        weights = read_weights(fetch(args.checkpoint), container=args.container)
         shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
         fit = find_fit(shapes, args.prefix)
     except CheckpointError as err:

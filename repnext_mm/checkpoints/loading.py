@@ -11,11 +11,11 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..network import PLANS, Network, Plan
+from ..network import PLANS, Network, Plan, family_of
 from ..reparam import reparameterize
 from .errors import CheckpointError
 from .fetching import fetch
-from .matching import Match, find_fit, match_keys, network_shapes
+from .matching import Match, find_fit, match_keys
 from .published import Published, find_published, names_for
 from .reading import Weights, read_weights
 
@@ -61,6 +61,7 @@ def load_pretrained(
     *,
     prefix: str | None = None,
     allow_partial: bool = False,
+    container: str | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a backbone and log one line about it.
 
@@ -74,6 +75,8 @@ def load_pretrained(
         prefix: Where the backbone's keys begin in the file, such as 'backbone.'; found by itself
             when None.
         allow_partial: Load what matches, however little it is.
+        container: The key of a torch checkpoint to load from, such as 'model_ema'; None for the
+            weights that its training evaluates. The line says which it was.
 
     Raises:
         CheckpointError: No such checkpoint, it cannot be read safely, or, unless
@@ -92,7 +95,7 @@ def load_pretrained(
         published = find_published(source)
         if published and not allow_partial:
             _check_published(model, published)
-        weights = read_weights(fetch(checkpoint))
+        weights = read_weights(fetch(checkpoint), container=container)
     plan, match = _choose_form(model, weights, prefix, allow_partial)
     tensors = {name: weights.tensors[match.prefix + name] for name in match.matched}
     _check_tensors(tensors, source)
@@ -131,7 +134,8 @@ def _choose_form(
         if form == model.plan:
             shapes: Mapping = {k: t.shape for k, t in model.state_dict().items()}
         else:
-            shapes = network_shapes(type(model), model.settings, form)
+            with torch.device('meta'):
+                shapes = {k: t.shape for k, t in model.twin(form).state_dict().items()}
         match = match_keys(file, shapes, prefix)
         own = own or match
         if match.fits:
@@ -167,11 +171,12 @@ def _choose_form(
 
 def _check_published(model: Network, published: Published) -> None:
     """Refuse a published file that cannot fit, before it is downloaded."""
-    wrong_arch = (type(model).__name__, model.arch) != (published.family, published.arch)
+    family = family_of(model).__name__
+    wrong_arch = (family, model.arch) != (published.family, published.arch)
     fused = published.plan is not None and model.plan is None
     if model.arch in model.arch_zoo and (wrong_arch or fused):
         deploy = f', deploy={published.plan!r}' if fused else ''
-        rivals = names_for(type(model).__name__, model.arch, fused=model.plan is not None)
+        rivals = names_for(family, model.arch, fused=model.plan is not None)
         instead = f'; for {model.describe()} there are {", ".join(rivals)}' if rivals else ''
         raise CheckpointError(
             f'{published.name!r} holds {published.family}(arch={published.arch!r}{deploy}), which '
@@ -193,7 +198,7 @@ def _fuse_state(
     model: Network, plan: Plan | None, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state of `model`'s form from one of the same network in an earlier form."""
-    twin = type(model)(model.settings, norm_cfg=model.norm_cfg, deploy=plan or False)
+    twin = model.twin(plan)
     twin.load_state_dict(tensors, strict=False)
     assert model.plan is not None, 'training files only are loaded into a training model'
     # Whoever built the model with this plan has accepted that it is not exact.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..network import PLANS, Network, Plan, describe, families
+from ..network import PLANS, Network, Plan, describe, families, family_of
 from .errors import CheckpointError
 
 #: A file fits a network when at least this share of the keys of both together match.
@@ -156,7 +156,8 @@ def find_fit(file: Shapes, prefix: str | None = None, like: Network | None = Non
         if like is not None and like.arch not in like.arch_zoo:
             for plan in plans:
                 yield type(like), None, plan, network_shapes(type(like), like.settings, plan)
-        for family in sorted(families(), key=lambda family: family is not type(like)):
+        own = like and family_of(like)
+        for family in sorted(families(), key=lambda family: family is not own):
             for arch, row in family.arch_zoo.items():
                 if row['channels'][0] == width:
                     for plan in plans:

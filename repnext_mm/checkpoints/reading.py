@@ -30,10 +30,12 @@ SPARE = 2 << 30
 
 Kind = Literal['torch checkpoint', 'TorchScript archive', 'safetensors file']
 
-#: Keys under which training scripts keep the weights, first match wins: timm and DeiT write
-#: averaged (EMA) weights beside the raw ones, and evaluate those. mmengine has put the averaged
-#: ones under `state_dict` when it saves, so its `ema_state_dict` comes last.
-CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema_state_dict')
+#: Keys under which training scripts keep the weights, first match wins. timm writes averaged (EMA)
+#: weights beside the raw ones and evaluates both, which `state_dict_ema` wins as a rule. The
+#: published scripts, which are DeiT's, evaluate and publish `model` and never `model_ema`.
+#: mmengine has put the averaged ones under `state_dict` when it saves, so its `ema_state_dict`
+#: comes last.
+CONTAINERS = ('state_dict_ema', 'state_dict', 'model', 'model_ema', 'ema_state_dict')
 
 # Objects with attributes only, which training scripts put beside the weights. Allowed while our
 # own reader is at work, not for every torch.load of the process.
@@ -74,7 +76,8 @@ class File:
 class Weights:
     """The tensors of one file, where in it they were, and the SHA-256 of the file.
 
-    `meta` is what a training run says of itself in its checkpoint.
+    `meta` is what a training run says of itself in its checkpoint, and `others` are further places
+    in the file that contain weights.
     """
 
     label: str
@@ -83,18 +86,24 @@ class Weights:
     tensors: dict[str, Tensor]
     sha256: str
     meta: dict[str, Any] = field(default_factory=dict, repr=False)
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         under = f' under {self.container!r}' if self.container else ''
-        return f'{self.kind}, {len(self.tensors)} tensors{under}'
+        also = f', not those under {" or ".join(map(repr, self.others))}' if self.others else ''
+        return f'{self.kind}, {len(self.tensors)} tensors{under}{also}'
 
 
-def read_weights(file: File | Path, label: str | None = None) -> Weights:
+def read_weights(
+    file: File | Path, label: str | None = None, container: str | None = None
+) -> Weights:
     """The tensors of a weight file; nothing in the file is executed.
 
     Args:
         file: The file, or its path.
         label: What to call it in messages; its path unless given.
+        container: The key of a torch checkpoint to read, such as 'model_ema'; None for the first
+            of `CONTAINERS` that it has.
 
     Raises:
         CheckpointError: It is not a weight file, is damaged, or contains more than data.
@@ -103,10 +112,16 @@ def read_weights(file: File | Path, label: str | None = None) -> Weights:
     kind = file_kind(file)
     if kind == 'torch checkpoint':
         content = read_checkpoint(file, _EXTRA_GLOBALS)
-        container, tensors = _find_tensors(content, file.label)
+        name, tensors = _find_tensors(content, file.label, container)
         meta = content.get('meta') if isinstance(content, dict) else None
         meta = meta if isinstance(meta, dict) else {}
-        return Weights(file.label, kind, container, tensors, file.sha256, meta)
+        others = _containers(content) if name else {}
+        rest = tuple(other for other in others if other != name)
+        return Weights(file.label, kind, name, tensors, file.sha256, meta, rest)
+    if container is not None:
+        raise CheckpointError(
+            f'{file.label} is a {kind}, which has no container={container!r}; leave it out.'
+        )
     reader = read_torchscript if kind == 'TorchScript archive' else _read_safetensors
     with _damage_named(file.label), bounded_memory(len(file.data)):
         tensors = reader(file.open())
@@ -209,16 +224,23 @@ def _read_safetensors(file: io.BytesIO) -> dict[str, Tensor]:
     return load(file.getvalue())
 
 
-def _find_tensors(content: Any, label: str) -> tuple[str, dict[str, Tensor]]:
+def _find_tensors(
+    content: Any, label: str, container: str | None = None
+) -> tuple[str, dict[str, Tensor]]:
     """The name of the container in a checkpoint ('' for a bare state dict), and its tensors."""
+    if container is not None:
+        chosen = _containers(content, (container,))
+        if not chosen:
+            there = ', '.join(map(repr, _containers(content))) or 'none'
+            raise CheckpointError(
+                f'{label} contains no weights under container={container!r}; it has {there}.'
+            )
+        return container, chosen[container]
+    for name, tensors in _containers(content).items():
+        return name, tensors
     if isinstance(content, Mapping):
-        for name in (*CONTAINERS, ''):
-            values = content.get(name) if name else content
-            if not isinstance(values, Mapping):
-                continue
-            tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)}
-            if tensors:
-                return name, tensors
+        if tensors := _tensors_in(content):
+            return '', tensors
         found = f'its keys are {", ".join(map(repr, list(content)[:8])) or "none"}'
     else:
         found = f'it is a {type(content).__name__}'
@@ -226,6 +248,20 @@ def _find_tensors(content: Any, label: str) -> tuple[str, dict[str, Tensor]]:
         f'{label} holds no weights: {found}, where a state dict, bare or under '
         f'{", ".join(map(repr, CONTAINERS))}, was expected.'
     )
+
+
+def _containers(content: Any, names: Sequence[str] = CONTAINERS) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint under each of `names` that has any."""
+    if not isinstance(content, Mapping):
+        return {}
+    found = {name: _tensors_in(content.get(name)) for name in names}
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def _tensors_in(values: Any) -> dict[str, Tensor]:
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(k): v for k, v in values.items() if isinstance(v, Tensor)}
 
 
 def _refused_objects(file: File, message: str) -> list[str]:
