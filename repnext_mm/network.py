@@ -97,7 +97,7 @@ class Network(nn.Module):
     def twin(self, plan: Plan | None) -> Network:
         """The same network in another form, with weights of its own."""
         options: dict[str, Any] = dict(norm_cfg=self.norm_cfg, deploy=plan or False)
-        return type(self)(self.settings, **options)  # type: ignore[arg-type]
+        return type(self)(self.settings, **options)
 
     def describe(self) -> str:
         """The call that builds this network."""

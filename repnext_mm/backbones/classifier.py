@@ -12,6 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.blocks import Stage
 from ..layers.execution import set_execution
 from ..network import Plan
 from ..reparam import Fusible, Note, folding
@@ -70,7 +71,8 @@ class TwoHeads(Fusible):
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         note('the mean of two linear layers to one linear layer')
         pairs = zip(_values(self.head), _values(self.head_dist), strict=True)
-        return _linear(*((a + b) / 2 for a, b in pairs), like=self.head)
+        weight, bias = ((a + b) / 2 for a, b in pairs)
+        return _linear(weight, bias, like=self.head)
 
 
 def _values(linear: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,8 @@ def _values(linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
     """A linear layer with the given values, in `like`'s dtype and on its device."""
-    linear = nn.Linear(*reversed(weight.shape), device='meta')
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, device='meta')
     linear.weight = nn.Parameter(weight.to(like.weight))
     linear.bias = nn.Parameter(bias.to(like.bias))
     return linear.train(like.training)
@@ -229,7 +232,7 @@ class Classifier(PyramidBackbone):
         """Recompute activations in backward."""
         self.with_cp = enable
         for stage in self.stages:
-            if hasattr(stage, 'with_cp'):
+            if isinstance(stage, Stage):
                 stage.with_cp = enable
         if enable:
             set_execution(self, save_memory=False)
