@@ -17,7 +17,16 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    FUNCTIONS,
+    HOOKS,
+    METRICS,
+    MODEL_WRAPPERS,
+    MODELS,
+    OPTIM_WRAPPERS,
+)
 
 from . import (
     files,  # noqa: F401  registers its file backend
@@ -71,6 +80,13 @@ register_lazily(
     # MMEngine's runner asks whether a wrapper is one, to set its device ids.
     base=torch.nn.parallel.DistributedDataParallel,
 )
+for _name in ('AdaptiveGradClip', 'KeepEMA', 'SeedEachEpoch', 'TimmCosine'):
+    register_lazily(HOOKS, _name, '.classification.hooks')
+register_lazily(MODELS, 'TimmClassifier', '.classification.model')
+register_lazily(DATASETS, 'TimmDataset', '.classification.data')
+register_lazily(DATA_SAMPLERS, 'RepeatedAugmentation', '.classification.data')
+register_lazily(FUNCTIONS, 'seed_worker', '.classification.data')
+register_lazily(METRICS, 'TopK', '.classification.metrics')
 
 # An mmcv without its compiled operators uses ours.
 operators.activate()

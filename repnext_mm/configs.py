@@ -10,9 +10,20 @@ _PACKAGED = Path(__file__).resolve().parent / '.mim' / 'configs'
 FOLDER = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[2] / 'configs'
 
 
+#: Folders of configs, from the one of all configs on.
+PLACES = ('.', 'imagenet')
+
+
+def config_paths(folder: Path = FOLDER) -> dict[str, Path]:
+    """Every config by its name, which is that of its file without `.py`."""
+    paths = [path for place in PLACES for path in sorted((folder / place).glob('*.py'))]
+    named = {path.stem: path for path in paths}
+    return {name: named[name] for name in sorted(named)}
+
+
 def config_names() -> list[str]:
     """The names of this package's configs, without `.py`."""
-    return sorted(path.stem for path in FOLDER.glob('*.py'))
+    return list(config_paths())
 
 
 def look_up(name: str) -> Path | None:
@@ -30,7 +41,8 @@ def is_config_name(name: str) -> bool:
 
 def _candidates(name: str) -> Iterator[Path]:
     # A name may have `configs/` before it where there is no such folder.
-    for folder in (Path(), Path('configs'), FOLDER, FOLDER.parent):
+    folders = [Path(), *(base / place for base in (Path('configs'), FOLDER) for place in PLACES)]
+    for folder in (*folders, FOLDER.parent):
         yield folder / name
         if not name.endswith('.py'):
             yield folder / f'{name}.py'

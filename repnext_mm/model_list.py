@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .configs import FOLDER, config_names
+from .configs import FOLDER, config_paths
 from .engine.errors import UserError, run_tool
 from .program import program
 from .published_results import METHODS, published, published_results, top1
@@ -56,8 +56,8 @@ def networks() -> list[Record]:
 def configs() -> list[Record]:
     """Every config of this package; the samples have no task and no published figures."""
     records = []
-    for name in config_names():
-        record: Record = {'name': name, 'path': str(FOLDER / f'{name}.py'), 'published': {}}
+    for name, path in config_paths().items():
+        record: Record = {'name': name, 'path': str(path), 'published': {}}
         for prefix, method in METHODS.items():
             network = name.removeprefix(f'{prefix}_').removesuffix(f'_{method.suffix}')
             if name == f'{prefix}_{network}_{method.suffix}':

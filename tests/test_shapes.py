@@ -51,9 +51,9 @@ def test_equal_generators_draw_equal_scenes() -> None:
     assert not np.array_equal(one.image, other.image)
 
 
-def test_version_1_draws_these_scenes() -> None:
+def test_version_2_draws_these_scenes() -> None:
     # If it fails because the drawing was changed: raise VERSION, so that old folders are renewed.
-    assert shapes.VERSION == 1
+    assert shapes.VERSION == 2
     drawn = [shapes.draw_scene(np.random.default_rng((0, i)), 128) for i in range(3)]
     found = [[instance.label for instance in scene.instances] for scene in drawn]
     assert found == [[0, 2, 1, 4, 4], [3, 1], [2, 2, 1, 2]]
@@ -285,7 +285,8 @@ def test_ensure_follows_the_parameters(tmp_path: Path) -> None:
     shapes.ensure(root, Spec(train=3, val=1, size=64))
     assert shapes.read_marker(root) == Spec(train=3, val=1, size=64)
     assert len(list((root / 'coco/train2017').iterdir())) == 3
-    assert {Image.open(p).size for p in root.rglob('*.jpg')} == {(64, 64)}
+    assert {Image.open(p).size for p in (root / 'coco').rglob('*.jpg')} == {(64, 64)}
+    assert {Image.open(p).size for p in (root / 'imagenet').rglob('*.jpg')} == {(72, 72)}
 
 
 def test_ensure_renews_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

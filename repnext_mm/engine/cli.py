@@ -1,4 +1,4 @@
-"""What `repnext-mm train` and `repnext-mm test` do, for detection and segmentation alike."""
+"""What `repnext-mm train` and `repnext-mm test` do, for every task alike."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..checkpoints.runs import passed_on
+from ..network import PLANS
 from ..operators import explain as explain_operators
 from ..program import command, program
 from ..text import printable
@@ -30,6 +31,7 @@ from .errors import UserError, is_first, run_tool, sigterm_raises
 from .exported_backbone import introduce, padding_line, put_in_place
 from .exported_model import introduce_file, run_file
 from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
+from .fused import FuseForTest
 from .literals import literal
 from .preflight import Sources, check_config, check_sources, preflight, require
 from .quiet import announce
@@ -46,7 +48,7 @@ STARTED = time.strftime('%Y%m%d_%H%M%S')
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm train`; returns the exit code."""
-    parser = _parser('train', 'Train a detector or a segmentor.')
+    parser = _parser('train', 'Train a detector, a segmentor or a classifier.')
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -84,6 +86,13 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     parser = _parser('test', 'Evaluate a checkpoint on the test data of a config.')
     parser.add_argument('checkpoint', help='checkpoint file of a training run')
     parser.add_argument('--show-dir', metavar='DIR', help='also draw the predictions into DIR')
+    parser.add_argument(
+        '--fuse',
+        nargs='?',
+        const='full',
+        choices=PLANS,
+        help='fuse the network before it is evaluated, with plan full unless another is given',
+    )
     parser.add_argument(
         '--backbone',
         nargs='+',
@@ -306,6 +315,8 @@ def _test(args: argparse.Namespace) -> None:
             )
         cfg.default_hooks.visualization.update(draw=True, interval=1)
         cfg.visualizer.save_dir = args.show_dir
+    if args.fuse and (args.backbone or args.model):
+        raise UserError('--fuse is for the network of the config; an exported file is fused.')
     if args.backbone and args.model:
         raise UserError('--model replaces all of the model, --backbone a part; give one of them.')
     if args.backbone:
@@ -337,6 +348,8 @@ def _test_in_folder(
             _say(line)
     if not args.model:
         runner.register_hook(RequireFit('test'))
+    if args.fuse:
+        runner.register_hook(FuseForTest(args.fuse))
     runner.register_hook(SayWhatWasNotMeasured(stop=True))
 
     # Nothing is loaded yet and nothing has started.
@@ -357,6 +370,7 @@ def _test_in_folder(
         arguments += ['--show-dir', 'pictures']
     if args.backbone:
         arguments += ['--backbone', *map(shlex.quote, args.backbone)]
+    arguments += ['--fuse', args.fuse] if args.fuse else []
     arguments += ['--model', shlex.quote(args.model)] if args.model else []
     arguments += ['--precision', args.precision] if args.precision else []
     arguments += ['--trust'] if args.trust else []

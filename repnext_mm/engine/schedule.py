@@ -22,6 +22,8 @@ HOOK_SETTINGS = {
     'switch_epoch': True,
     'num_last_epochs': True,
     'begin_epoch': True,
+    'warmup_epochs': True,
+    'cooldown_epochs': True,
     'begin_iter': False,
 }
 

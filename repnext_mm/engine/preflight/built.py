@@ -51,7 +51,14 @@ class Summary:
     @property
     def counts_pixels(self) -> bool:
         """Whether the classes are those of pixels."""
-        return self.objects is None and bool(self.classes)
+        return self.pixels is not None and self.objects is None and bool(self.classes)
+
+    @property
+    def counted(self) -> str:
+        """What `classes` counts."""
+        if self.counts_pixels:
+            return 'pixels'
+        return 'images' if self.objects is None else 'objects'
 
 
 def leaf_datasets(dataset: Any) -> Iterator[Any]:
@@ -99,6 +106,8 @@ def _check_leaf(split: str, dataset: Any, sources: Sources) -> Summary:
     summary = Summary(split, type(dataset).__name__, len(dataset))
     key = sources.key_of(dataset)
     summary.listed = sources.listed.get(key)
+    if hasattr(dataset, 'count_classes'):
+        summary.classes = dataset.count_classes()
     if not hasattr(dataset, 'get_data_info') or not len(dataset):
         return summary
     classes = classes_of(dataset) or ()

@@ -80,7 +80,7 @@ def _classes(summary: Summary) -> str:
         for name, count in counts[:MOST_CLASSES]
     )
     more = f' and {len(counts) - MOST_CLASSES} more' if len(counts) > MOST_CLASSES else ''
-    what = 'objects'
+    what = summary.counted
     if summary.counts_pixels and summary.pixels:
         what = f'pixels of {summary.pixels.maps} label maps'
     ignored = f'; {summary.ignored} ignored' if summary.ignored else ''
@@ -121,6 +121,7 @@ def schedule(runner: Runner) -> str:
         unit = 'epochs' if item.get('by_epoch', True) else 'iterations'
         where = item.get('milestones') or [item.get('begin', 0), item.get('end')]
         parts.append(f'{item.get("type")} {where} in {unit}')
+    parts += [str(hook) for hook in runner.hooks if hasattr(hook, 'schedule')]
     return f'schedule: {", ".join(parts)}'
 
 
@@ -142,7 +143,7 @@ def write_report(
                 'objects_ignored': s.ignored,
                 'left_out': {RULES[rule]: count for rule, count in s.rules.items()},
                 'classes': s.classes,
-                'classes_count': 'pixels' if s.counts_pixels else 'objects',
+                'classes_count': s.counted,
                 'sizes': [[h, w, count] for (h, w), count in s.sizes.most_common()],
                 'images_decoded': s.pixels.images if s.pixels else 0,
                 'headers_read': s.pixels.headers if s.pixels else 0,

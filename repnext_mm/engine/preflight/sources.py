@@ -20,6 +20,7 @@ from mmengine.config import Config, ConfigDict
 from ...files import require_regular, write_text
 from ...program import command
 from ..errors import UserError
+from .class_folders import check_class_folders
 from .coco import CocoFile, Kept, check_masks, check_order, count_kept, read_coco
 from .findings import Finding, error, some, warning
 from .texts import read_lines
@@ -93,6 +94,7 @@ def check_sources(cfg: Config, splits: Sequence[str]) -> Sources:
         UserError: A file is missing, cannot be read, or misses what nobody can complete.
     """
     sources = Sources()
+    sources.findings += check_class_folders(cfg, splits)
     scope = cfg.get('default_scope')
     if scope not in SAMPLE_CONFIG:
         return sources

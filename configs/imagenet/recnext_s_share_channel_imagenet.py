@@ -1,0 +1,3 @@
+_base_ = './_base_/batch_1024.py'
+
+model = dict(network='recnext_s_share_channel', drop_path_rate=0.1)

@@ -1,0 +1,3 @@
+_base_ = './_base_/batch_1024.py'
+
+model = dict(network='recnext_t')

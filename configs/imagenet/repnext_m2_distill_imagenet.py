@@ -1,0 +1,3 @@
+_base_ = './_base_/batch_1024.py'
+
+model = dict(network='repnext_m2', teacher='regnety_160.deit_in1k')
