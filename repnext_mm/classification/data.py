@@ -56,7 +56,9 @@ class TimmDataset(Dataset):
         self.data.transform = create_transform(**(transform or {}))
         # timm would return the next image in the place of one that cannot be read.
         self.data._max_retries = 1
-        index = getattr(self.data.reader, 'class_to_idx', None)
+        # Its readers of folders and of tars call it differently.
+        reader = self.data.reader
+        index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
         self.metainfo: dict[str, Any] = {'classes': tuple(index)} if index else {}
 
     def __len__(self) -> int:
@@ -76,11 +78,14 @@ class TimmDataset(Dataset):
 
     def count_classes(self) -> dict[str, int]:
         """How many images each class has; empty where the reader does not list them."""
-        samples = getattr(self.data.reader, 'samples', None)
+        reader: Any = self.data.reader
         classes = self.metainfo.get('classes')
-        if samples is None or classes is None:
+        if classes is None:
             return {}
-        counts = Counter(label for _, label in samples)
+        labels = getattr(reader, 'targets', None)
+        if labels is None:
+            labels = [label for _, label in reader.samples]
+        counts = Counter(int(label) for label in labels)
         return {name: counts[label] for label, name in enumerate(classes)}
 
     def filename(self, i: int) -> str:

@@ -151,6 +151,5 @@ class SeedEachEpoch(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed all generators of this process."""
         # Far apart, so that no two epochs or processes share a worker's seed.
-        set_random_seed(
-            (runner.seed + 10_007 * (runner.epoch * runner.world_size + runner.rank)) % 2**31
-        )
+        number = runner.epoch * runner.world_size + runner.rank
+        set_random_seed((runner.seed + 10_007 * number) % 2**31)
