@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
+from torch.utils.data import DataLoader
 
 from .datasets import shapes
 from .engine.cli import train_main
@@ -20,6 +22,7 @@ from .engine.config_file import find_config
 from .engine.errors import UserError, run_tool
 from .engine.run_folder import next_folder
 from .program import program
+from .reparam import reparameterize
 
 PICTURED = 8  # images of val, the first ones: nothing is picked
 
@@ -65,6 +68,16 @@ SEGMENTATION = Task(
     bar=0.60,
     quick={'train_cfg.max_iters': 4, 'train_cfg.val_interval': 2},
 )
+CLASSIFICATION = Task(
+    config='repnext_m0_shapes.py',
+    sample='imagenet',
+    table={'trained': 'accuracy/'},
+    columns={'top-1': 'top1'},
+    goal='top-1',
+    scale=100,
+    bar=0.75,
+    quick={'train_cfg.max_epochs': 2},
+)
 QUICK_SPEC = shapes.Spec(train=16, val=4)
 
 
@@ -75,18 +88,21 @@ def demo_main(argv: Sequence[str] | None = None) -> int:
         description='Train RepNeXt-M0 from scratch on the generated sample data set, and show it.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument(
         '--seg', action='store_true', help='Semantic FPN and mIoU instead of Mask R-CNN and AP'
     )
+    task.add_argument('--cls', action='store_true', help='a classifier and its top-1 instead')
     parser.add_argument('--data-root', help='folder of the sample data set (None: data/shapes)')
-    parser.add_argument('--work-dir', help='folder for everything (None: work_dirs/demo[_seg])')
+    parser.add_argument('--work-dir', help='folder for everything (None: work_dirs/demo[_TASK])')
     parser.add_argument(
         '--min-ap',
         '--min-miou',
+        '--min-top1',
         dest='bar',
         type=_fraction,
-        help=f'fail below this box AP and mask AP, or mIoU (None: {DETECTION.bar}, or '
-        f'{SEGMENTATION.bar} with --seg)',
+        help=f'fail below this box AP and mask AP, or mIoU, or top-1 (None: {DETECTION.bar}, '
+        f'{SEGMENTATION.bar} with --seg, {CLASSIFICATION.bar} with --cls)',
     )
     parser.add_argument(
         '--quick', action='store_true', help='a few iterations that learn nothing, to see it run'
@@ -105,12 +121,12 @@ def _fraction(text: str) -> float:
 def _demo(args: argparse.Namespace) -> None:
     from rich.progress import track
 
-    from .visualization import compare, draw_comparisons, plot_curves, read_scalars
+    from .visualization import plot_curves, read_scalars
 
-    task = SEGMENTATION if args.seg else DETECTION
+    task = SEGMENTATION if args.seg else CLASSIFICATION if args.cls else DETECTION
     suffix = '_quick' if args.quick else ''
     data_root = args.data_root or f'data/shapes{suffix}'
-    asked = args.work_dir or f'work_dirs/demo{"_seg" * args.seg}{suffix}'
+    asked = args.work_dir or f'work_dirs/demo{"_seg" * args.seg}{"_cls" * args.cls}{suffix}'
     work_dir = Path(next_folder(asked, {}))
     bar = args.bar if args.bar is not None else 0.0 if args.quick else task.bar
 
@@ -124,10 +140,9 @@ def _demo(args: argparse.Namespace) -> None:
         for row, prefix in task.table.items()
     }
     dataset, model = _load(cfg, checkpoint)
-    comparisons = compare(model, dataset, range(min(PICTURED, len(dataset))))
-    pictures = draw_comparisons(
-        comparisons, dataset.metainfo['classes'], work_dir / 'predictions.png'
-    )
+    if args.cls:
+        table['fused'] = {task.goal: _top1(reparameterize(model.eval()), dataset)}
+    pictures = _draw(model, dataset, work_dir / 'predictions.png', answers=args.cls)
     curves = plot_curves(work_dir, work_dir / 'curves.png')
 
     _print_table(table)
@@ -167,6 +182,27 @@ def _load(cfg: Config, checkpoint: Path) -> tuple[Any, BaseModel]:
         model = MODELS.build(cfg.model)
     load_checkpoint(model, str(checkpoint), map_location='cpu')
     return dataset, model.to(get_device())
+
+
+def _top1(model: BaseModel, dataset: Any) -> float:
+    """The share of a data set that a classifier gets right."""
+    right = 0
+    for batch in DataLoader(dataset, 32):
+        with torch.no_grad():
+            right += sum(int(logits.argmax() == label) for logits, label in model.test_step(batch))
+    return right / len(dataset)
+
+
+def _draw(model: BaseModel, dataset: Any, path: Path, answers: bool) -> Path:
+    """Pictures of what the model predicts: labels of images from all over, or regions."""
+    from .visualization import classify, compare, draw_answers, draw_comparisons
+
+    classes, count = dataset.metainfo['classes'], len(dataset)
+    if answers:
+        shown = range(0, count, -(-count // (4 * PICTURED)))
+        return draw_answers(classify(model, dataset, shown), classes, path, per_row=PICTURED)
+    comparisons = compare(model, dataset, range(min(PICTURED, count)))
+    return draw_comparisons(comparisons, classes, path)
 
 
 def _print_table(table: dict[str, dict[str, float]]) -> None:

@@ -45,8 +45,15 @@ def run_demo(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             ('all classes',),
             '--min-miou=1',
         ),
+        (
+            partial(run_here, demo_main),
+            ['--cls'],
+            'work_dirs/demo_cls_quick',
+            ('trained', 'fused'),
+            '--min-top1=1',
+        ),
     ],
-    ids=['detection', 'segmentation'],
+    ids=['detection', 'segmentation', 'classification'],
 )
 def test_the_quick_demo(
     run: Callable[..., subprocess.CompletedProcess],

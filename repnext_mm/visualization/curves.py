@@ -15,6 +15,8 @@ METRICS = (
     ('mIoU', 'mIoU', 100),
     ('mAcc', 'class accuracy', 100),
     ('aAcc', 'pixel accuracy', 100),
+    ('accuracy/top1', 'top-1', 100),
+    ('accuracy/top5', 'top-5', 100),
 )
 
 
