@@ -70,6 +70,7 @@ for _name in ('InceptionNeXt', 'RecNeXt', 'RepNeXt'):
     register_lazily(MODELS, _name, '.backbones', base=Network)
 register_lazily(MODELS, 'ExportedBackbone', '.engine.exported_backbone')
 register_lazily(MODELS, 'ExportedModel', '.engine.exported_model')
+register_lazily(MODELS, 'ExportedClassifier', '.engine.exported_model')
 register_lazily(HOOKS, 'AtomicCheckpointHook', '.engine.atomic_checkpoint')
 register_lazily(HOOKS, 'CompileBackbone', '.engine.compile')
 register_lazily(OPTIM_WRAPPERS, 'PortableAmpOptimWrapper', '.engine.amp')

@@ -110,6 +110,10 @@ class TimmClassifier(BaseModel):
             self.teacher._apply(fn)
         return self
 
+    def extract_feat(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The last feature map for `inputs (N, 3, H, W)`."""
+        return (self.network.forward_features(inputs),)  # type: ignore[operator]
+
     def forward(self, inputs: Tensor, labels: Tensor | None = None, mode: str = 'tensor') -> Any:
         """Logits `(N, num_classes)` of `inputs (N, 3, H, W)`, or what the runner asks for.
 

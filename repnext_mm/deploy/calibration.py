@@ -182,7 +182,9 @@ def calibration_images(
     """
     path = Path(source)
     images: CalibrationImages
-    if not path.is_dir() and is_config_name(str(path)):
+    if not path.is_dir() and is_config_name(str(path)) and (root := _class_folders(path, options)):
+        images = FolderImages(root[0], size, preprocess or root[1], limit, loader)
+    elif not path.is_dir() and is_config_name(str(path)):
         dataset, own, loads = _dataset(path, options or {})
         images = DatasetImages(dataset, size, preprocess or own, limit, loads)
     elif path.is_dir():
@@ -254,6 +256,28 @@ def tested_on(cfg: Any) -> Any:
 def _files(folder: Path) -> Iterator[Path]:
     for place, _, names in os.walk(folder):
         yield from (Path(place, name) for name in names)
+
+
+def _class_folders(
+    path: Path, options: Mapping[str, Any] | None
+) -> tuple[Path, Preprocess | None] | None:
+    """The folder of training images of a classifier's config, and what is done to them.
+
+    Raises:
+        UsageError: There is none.
+    """
+    from ..classification.tested import is_classifier, tested_normalization
+    from ..engine.config_file import load_config
+
+    cfg = load_config(str(path), dict(options or {}), None, 'none')
+    if not is_classifier(cfg):
+        return None
+    loaders = (cfg.get(f'{split}_dataloader') for split in ('train', 'val'))
+    loader: Any = next(filter(None, loaders), {})
+    root = Path(str((loader.get('dataset') or {}).get('root')))
+    if not root.is_dir():
+        raise UsageError(f'{path} has no folder of images at {root}; give one to --calib.')
+    return root, Preprocess.of(tested_normalization(cfg))
 
 
 def _dataset(

@@ -179,6 +179,8 @@ def _what_ships(source: Source) -> str:
         f'the backbone {source.family} {source.arch} alone'
         if source.scope == 'backbone'
         else f'the complete {source.family} with backbone {source.arch}'
+        if hasattr(source.model, 'backbone')
+        else f'{source.family} {source.arch}'
     )
     weights = source.checkpoint or 'random weights'
     under = f' ({source.container})' if source.container not in ('', 'state_dict') else ''

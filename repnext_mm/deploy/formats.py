@@ -326,14 +326,16 @@ class CoreML(Format):
         # Keeps linear attention in float32, as PyTorch does: in half precision its sums lose too
         # much.
         half = ct.transform.FP16ComputePrecision(op_selector=_takes_float16)
-        whole = job.target.task == 'segmentation' and job.target.output_names == ('classes',)
+        task = job.target.task
+        whole = task == 'segmentation' and job.target.output_names == ('classes',)
+        pictured = whole or task == 'classification'
         names = job.target.output_names
         model = ct.convert(
             trace(job, 'fp32'),
             inputs=[
                 # An image as the camera gives it, where the program normalizes it.
                 ct.ImageType(name, shape=tuple(value.shape), color_layout=ct.colorlayout.BGR)
-                if whole and name == INPUT and job.target.preprocess and job.batch == 1
+                if pictured and name == INPUT and job.target.preprocess and job.batch == 1
                 else ct.TensorType(name, shape=tuple(value.shape), dtype=np.float32)
                 for name, value in zip(job.input_names, job.example)
             ],
@@ -344,6 +346,10 @@ class CoreML(Format):
             compute_precision=half if job.dtype == 'fp16' else ct.precision.FLOAT32,
             minimum_deployment_target=ct.target[f'iOS{job.ios_target}'],
             skip_model_load=True,
+            # The label of the best class, and the probability of each.
+            classifier_config=ct.ClassifierConfig(_distinct(job.settings['classes']))
+            if task == 'classification' and job.settings
+            else None,
         )
         model.short_description = job.metadata.get('title', 'repnext_mm')
         model.version = job.metadata['version']
@@ -419,6 +425,16 @@ class Web(ONNX):
         if not target.finished:
             return 'a page leaves NMS to the model; use --nms graph'
         return ''
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Labels of which each is there once, as Core ML needs them: the further ones are numbered."""
+    seen: Counter[str] = Counter()
+    found = []
+    for label in labels:
+        seen[label] += 1
+        found.append(label if seen[label] == 1 else f'{label} ({seen[label]})')
+    return found
 
 
 FORMATS: dict[str, Format] = {

@@ -13,7 +13,7 @@ from ..reparam import reparameterize
 from ..reparam.convolution_norms import fold_convolution_norms
 from ..reparam.verify import noise
 from .errors import ModelError
-from .source import Source
+from .source import Source, network_in
 
 
 def fused_model(source: Source, plan: Plan) -> Any:
@@ -47,7 +47,7 @@ def _prove_folded(trained: Any, folded: Any) -> None:
     for one, two in zip(exact, other):
         if not torch.allclose(one, two, rtol=1e-6, atol=1e-6 * float(one.std())):
             raise ModelError(
-                f'the norms of {type(trained.backbone).__name__} follow other layers than their '
+                f'the norms of {type(network_in(trained)).__name__} follow other layers than their '
                 'names say, and cannot be folded; add --plan upstream to keep them.'
             )
 

@@ -18,7 +18,7 @@ from .parity import TOLERANCES, Tolerance
 #: Signal-to-noise ratio in dB that every stage keeps in int8.
 GATE_DB = 20.0
 #: The same by task; of complete models, a tenth of the pixels, and a third of the detections.
-GATES_DB = {'backbone': GATE_DB, 'segmentation': 10.0, 'detection': 5.0}
+GATES_DB = {'backbone': GATE_DB, 'classification': GATE_DB, 'segmentation': 10.0, 'detection': 5.0}
 #: Every dtype of any format.
 DTYPES = tuple(dict.fromkeys(dtype for row in FORMATS.values() for dtype in row.dtypes))
 
@@ -59,11 +59,15 @@ class Options:
     format: str = _option('onnx', f'comma list of {", ".join(FORMATS)}; or all')
     scope: str | None = _option(
         None,
-        'what ships (None: model for a config with the checkpoint of a detector or segmentor)',
+        'what ships (None: model for a config with the checkpoint of a complete model)',
         choices=('backbone', 'model'),
     )
-    sizes: Sequence[tuple[int, int]] = _option(
-        ((512, 512),), '512 or HxW; a comma list exports one each', name='size', type=sizes
+    sizes: Sequence[tuple[int, int]] | None = _option(
+        None,
+        '512 or HxW; a comma list exports one each (None: 512, and for a classifier the size that '
+        'it is tested at)',
+        name='size',
+        type=sizes,
     )
     batch: int = _option(1, 'number of images', type=positive)
     out_indices: tuple[int, ...] | None = _option(
@@ -109,8 +113,8 @@ class Options:
     )
     max_drop: float | None = _option(
         None,
-        'points of AP or mIoU that the artifact may lose, measured on the test data of the config '
-        '(None: not measured)',
+        'points of AP, mIoU or top-1 that the artifact may lose, measured on the test data of the '
+        'config (None: not measured)',
         type=float,
         metavar='POINTS',
     )
@@ -174,8 +178,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         name = arguments.pop('name', each.name)
         if each.default is False:
             arguments['action'] = 'store_true'
-        elif name == 'size':
-            arguments['default'] = '512'
         else:
             arguments['default'] = each.default
         parser.add_argument(f'--{name.replace("_", "-")}', dest=each.name, **arguments)

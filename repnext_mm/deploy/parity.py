@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from ..files import require_regular
 from ..runtimes import Artifact
 from ..runtimes.predictor import finish
-from .targets import IMAGE_SIZE, INPUT, OUT_SIZE, BackboneTarget, Preprocess, Target
+from .targets import (
+    IMAGE_SIZE,
+    INPUT,
+    OUT_SIZE,
+    BackboneTarget,
+    ClassifierTarget,
+    Preprocess,
+    Target,
+)
 
 #: Of the arrays to compare on: a batch of 8 in 1344x800 takes 0.6 GB.
 MOST_BYTES = 2 << 30
@@ -197,10 +205,10 @@ class FeatureParity(Parity):
     def golden(
         self, target: Target, trained: nn.Module, fused: nn.Module, inputs: dict[str, Tensor]
     ) -> Golden:
-        return self.of(BackboneTarget(trained, target.preprocess), inputs)  # type: ignore[arg-type]
+        return self.of(type(target)(trained, target.preprocess), inputs)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def of(self, reference: BackboneTarget, inputs: dict[str, Tensor]) -> Golden:
+    def of(self, reference: BackboneTarget | ClassifierTarget, inputs: dict[str, Tensor]) -> Golden:
         """What this very network makes of the inputs in float64."""
         outputs = reference.exactly()(inputs[INPUT].double())
         named = {n: out.numpy() for n, out in zip(reference.output_names, outputs, strict=True)}
@@ -507,6 +515,7 @@ def predict_as_mm(
 #: By the task of a target.
 PARITIES: dict[str, Parity] = {
     'backbone': FeatureParity(),
+    'classification': FeatureParity(),
     'segmentation': ClassMapParity(),
     'detection': DetectionParity(),
 }

@@ -18,6 +18,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..backbones.classifier import Classifier
+from ..classification import TimmClassifier
 from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
@@ -71,6 +73,7 @@ from .targets import (
     INPUT,
     OUT_SIZE,
     BackboneTarget,
+    ClassifierTarget,
     DetectorTarget,
     Preprocess,
     SegmentorTarget,
@@ -105,13 +108,14 @@ class Export:
         self.report = Report(folder, _empty_record())
         self.failed: list[tuple[str, Exception]] = []
         self.complete = source.scope == 'model'
+        self.sizes = options.sizes or [source.size]
         self._check_combinations()
         parity_input = options.parity_input
         self.picture = load_picture(parity_input, source.loader) if parity_input else None
         self.preprocess = self._preprocess()
         self.target = self._target(source.model)
         self.formats = self._usable_formats()
-        for size in options.sizes:
+        for size in self.sizes:
             self._check_size(size)
         self.plans = {row.name: self._plan(row) for row in self.formats}
         self.fused = {plan: self._fuse(plan) for plan, _ in self.plans.values()}
@@ -119,9 +123,9 @@ class Export:
         inexact = [model for model in self.fused.values() if inexact_kinds(model)]
         self.reference: Any = inexact[0] if inexact else source.model
         self.settings = self._settings()
-        self.jobs = [(row, job) for size in options.sizes for row, job in self._jobs(size)]
+        self.jobs = [(row, job) for size in self.sizes for row, job in self._jobs(size)]
         if options.dtype == 'int8':  # refused before there is a folder
-            check_pictures(self._calibration(self.jobs[0][1], options.sizes[0])[:HELD_OUT])
+            check_pictures(self._calibration(self.jobs[0][1], self.sizes[0])[:HELD_OUT])
         make_folder(folder)
         self._check_nothing_is_lost()
 
@@ -150,6 +154,10 @@ class Export:
         """What is exported, over a form of the model."""
         if not self.complete:
             return BackboneTarget(model, self.preprocess)  # type: ignore[arg-type]
+        if isinstance(model, TimmClassifier):
+            if (self.options.nms, self.options.output) != ('graph', 'classes'):
+                raise UsageError('--nms and --output are not for classifiers, and this is one.')
+            return ClassifierTarget(model, self.preprocess)
         if hasattr(model, 'decode_head'):
             if self.options.nms != 'graph':
                 raise UsageError('--nms is for detectors, and this is a segmentor.')
@@ -252,7 +260,7 @@ class Export:
             plan: Any = options.plan
             return plan, WHY[plan]
         self.say(f'measuring plans for {row.name}')
-        shape = (options.batch, 3, *options.sizes[0])
+        shape = (options.batch, 3, *self.sizes[0])
         dtype = options.dtype or row.dtypes[0]
         choice = choose_plan(
             self.source.model, row, shape, dtype='fp32' if dtype == 'int8' else dtype
@@ -483,7 +491,9 @@ class Export:
         stride = self.target.step if not self.complete else 32
         shapes += other_shapes(job.shape, job.dynamic, stride)
         images = [self._image(job, shape) for shape in shapes]
-        images += [torch.zeros(job.shape)] if self.complete else []
+        # int8 is calibrated for no blank image, whose logits would have to be right.
+        calibrated = job.dtype == 'int8' and self.target.task == 'classification'
+        images += [torch.zeros(job.shape)] if self.complete and not calibrated else []
         found = []
         for number, image in enumerate(images):
             arrays = unpadded([INPUT, *self.target.extras], image.numpy())
@@ -701,7 +711,7 @@ class Export:
     # --- records
 
     def _model_record(self) -> ModelRecord:
-        source, size = self.source, self.options.sizes[0]
+        source, size = self.source, self.sizes[0]
         fused = next(iter(self.fused.values()))
         counted: Any = fused if not self.complete else _Features(fused)
         return ModelRecord(
@@ -723,7 +733,7 @@ class Export:
         )
 
     def _plan_record(self, plan: Plan) -> PlanRecord:
-        source, size = self.source, self.options.sizes[0]
+        source, size = self.source, self.sizes[0]
         fused = self.fused[plan]
         own = [module for module in source.model.modules() if isinstance(module, Network)]
         proof: list[Record] = []
@@ -733,8 +743,8 @@ class Export:
             exact = copy.deepcopy(own[0]).double()
             stages = prove(exact, reparameterize(exact, plan, accept_inexact=True), size)
             proof = [
-                {'output': f'stage{i}', 'max_abs': stage.max_abs, 'max_rel': stage.max_rel}
-                for i, stage in zip(own[0].out_indices, stages, strict=True)  # type: ignore[arg-type]
+                {'output': output, 'max_abs': stage.max_abs, 'max_rel': stage.max_rel}
+                for output, stage in zip(self._outputs(own[0]), stages, strict=True)
             ]
         reports = [m.fusion_report for m in fused.modules() if isinstance(m, Network)]
         return PlanRecord(
@@ -745,6 +755,13 @@ class Export:
             convs_before=_count_convolutions(source.model),
             convs_after=_count_convolutions(fused),
         )
+
+    @staticmethod
+    def _outputs(network: Any) -> list[str]:
+        """Names of what a network returns."""
+        if isinstance(network, Classifier):
+            return ['logits']
+        return [f'stage{i}' for i in network.out_indices]
 
     def warn(self, text: str) -> None:
         self.report.warnings.append(text)

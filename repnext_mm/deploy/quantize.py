@@ -102,12 +102,12 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """AP or mIoU with an exported file in the place of the config's backbone, or of its model.
+    """AP, mIoU or top-1 with an exported file in place of the config's backbone, or its model.
 
     Args:
         config: Config whose test data is evaluated.
         checkpoint: Where neck and head are loaded from.
-        name: Which of the printed metrics; the first of AP and mIoU when None.
+        name: Which of the printed metrics; the first of AP, mIoU and top-1 when None.
         max_drop: Points that int8 may lose.
         options: Further arguments of tools/test.py.
         scope: 'backbone' or 'model': what the file replaces.
@@ -146,7 +146,7 @@ class TaskMetric:
         return self._choose(found)
 
     def _choose(self, found: Mapping[str, Any]) -> tuple[str, float]:
-        common = ('coco/bbox_mAP', 'mIoU')
+        common = ('coco/bbox_mAP', 'mIoU', 'accuracy/top1')
         name = self.name or next((key for key in common if key in found), None)
         if name is None or name not in found:
             raise UsageError(
@@ -308,6 +308,7 @@ class _ResultReference(_Reference):
 
 REFERENCES: dict[str, type[_Reference]] = {
     'backbone': _Reference,
+    'classification': _Reference,
     'segmentation': _ResultReference,
     'detection': _ResultReference,
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..classification.tested import UnknownTransform, is_classifier, tested_steps
 from ..engine.stored import registered
 from ..files import write_text
 from ..runtimes import predictor
@@ -32,6 +33,11 @@ def pipeline_steps(cfg: Any) -> list[dict[str, Any]]:
     Raises:
         Unshippable: It has a step that the predictor does not know.
     """
+    if is_classifier(cfg):
+        try:
+            return tested_steps(cfg)
+        except UnknownTransform as error:
+            raise Unshippable(str(error)) from error
     loader = tested_on(cfg)
     steps = []
     for step in (innermost(loader['dataset']).get('pipeline') or ()) if loader else ():

@@ -17,6 +17,7 @@ from ..backbones import FAMILIES, PyramidBackbone, names
 from ..checkpoints import CheckpointError, fetch, load_pretrained, read_weights
 from ..checkpoints.matching import find_fit
 from ..checkpoints.reading import Weights
+from ..classification.tested import is_classifier, known_classes, tested_normalization, tested_size
 from ..configs import is_config_name
 from ..engine.errors import UserError
 from ..network import Network, Plan
@@ -64,12 +65,20 @@ class Source:
     @property
     def family(self) -> str:
         """The class of the network, or of the complete model."""
-        return type(self.model).__name__
+        network = getattr(self.model, 'network', None)
+        return type(self.model if network is None else network).__name__
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The size of images to export at, where none is asked for."""
+        if self.cfg is not None and is_classifier(self.cfg):
+            return tested_size(self.cfg)
+        return 512, 512
 
     @property
     def arch(self) -> str | dict[str, Any]:
         """What `arch=` builds this network, or the backbone of this model, from."""
-        network = self.model if self.scope == 'backbone' else self.model.backbone
+        network = self.model if self.scope == 'backbone' else network_in(self.model)
         if not isinstance(network, PyramidBackbone):
             return type(network).__name__
         return network.arch if network.arch in network.arch_zoo else network.settings
@@ -105,7 +114,7 @@ def load_source(
             raise UsageError('--scope model needs the config of a training and its checkpoint.')
         if is_config and checkpoint and scope != 'backbone' and out_indices is None:
             complete = read_weights(fetch(checkpoint))
-            if scope == 'model' or _is_complete(complete):
+            if scope == 'model' or _is_complete(complete) or is_classifier(_config(name)):
                 return _load_complete(name, complete, allow_partial)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
@@ -156,13 +165,25 @@ def _build(
     return family(**arguments)
 
 
+def _config(path: str) -> Any:
+    from ..engine.config_file import load_config
+
+    return load_config(path, {}, None, 'none')
+
+
+def network_in(model: Any) -> Any:
+    """The backbone of a detector or segmentor, or the network of a classifier."""
+    return model.backbone if hasattr(model, 'backbone') else model.network
+
+
 def _from_config(path: str, out_indices: tuple[int, ...] | None) -> Source:
     from mmengine.registry import MODELS
 
-    from ..engine.config_file import load_config
     from ..engine.stored import config_classes
 
-    cfg = load_config(path, {}, None, 'none')
+    cfg = _config(path)
+    if is_classifier(cfg):
+        raise ModelError(f'{path} is of a classifier; give its checkpoint as well.')
     settings = dict(cfg.model.get('backbone') or {})
     kind = settings.pop('type', None)
     family = MODELS.get(kind) if isinstance(kind, str) else kind
@@ -241,16 +262,18 @@ def _load_complete(path: str, weights: Weights, allow_partial: bool) -> Source:
     from mmengine.registry import MODELS, DefaultScope
 
     from ..engine.cli import import_framework
-    from ..engine.config_file import load_config
     from ..engine.preflight import check_config, require
     from ..engine.preflight.model import check_model
     from ..engine.resume import require_fit
     from ..engine.stored import config_classes, require_classes
 
-    cfg = load_config(path, {}, None, 'none')
+    cfg = _config(path)
+    classifies = is_classifier(cfg)
     import_framework(cfg.get('default_scope'))
     require(check_config(cfg))
     tensors = {_plain(key): tensor for key, tensor in weights.tensors.items()}
+    if classifies and not any(key.startswith('network.') for key in tensors):
+        tensors = {f'network.{key}': tensor for key, tensor in tensors.items()}  # a published file
 
     def build(plan: Plan | None) -> Any:
         settings = copy.deepcopy(cfg.model)
@@ -260,6 +283,8 @@ def _load_complete(path: str, weights: Weights, allow_partial: bool) -> Source:
             backbone.init_cfg = None
             if plan is not None:
                 backbone.deploy = plan
+        if classifies:
+            settings.update(teacher=None, pretrained=False, **({'deploy': plan} if plan else {}))
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             return revert_sync_batchnorm(MODELS.build(settings)).eval()
 
@@ -275,6 +300,9 @@ def _load_complete(path: str, weights: Weights, allow_partial: bool) -> Source:
     model.load_state_dict(fitting, strict=False)
     require(check_model(model, classes))
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    if classifies:
+        preprocessor = tested_normalization(cfg)
+        classes = classes or _meta_classes(weights) or known_classes(model.num_classes)
     source = Source(
         Path(path).stem,
         model.eval(),
@@ -297,11 +325,12 @@ def _plain(key: str) -> str:
 
 def _fused_with(tensors: Mapping[str, torch.Tensor], model: Any) -> Plan | None:
     """The plan that the backbone in a file is fused with, where it is this package's."""
-    backbone = getattr(model, 'backbone', None)
+    backbone = network_in(model)
     if not isinstance(backbone, Network) or backbone.plan is not None:
         return None
-    shapes = {k: t.shape for k, t in tensors.items() if k.startswith('backbone.')}
-    fit = find_fit(shapes, 'backbone.', like=backbone) if shapes else None
+    prefix = 'backbone.' if hasattr(model, 'backbone') else 'network.'
+    shapes = {k: t.shape for k, t in tensors.items() if k.startswith(prefix)}
+    fit = find_fit(shapes, prefix, like=backbone) if shapes else None
     return fit.plan if fit is not None else None
 
 

@@ -5,6 +5,7 @@ python verify_on_mac.py [FOLDER]
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import sys
@@ -55,6 +56,33 @@ def detections(outputs: Arrays, golden: Arrays, exact: bool, meta: Any, size: An
     yield 'detections', share >= (1.0 if exact else 0.9), f'{share:.1%} found again'
 
 
+def labels(outputs: Arrays, golden: Arrays, exact: bool) -> Rows:
+    """The probability of each class of the first image, and which is the best."""
+    found = next(value for value in outputs.values() if isinstance(value, dict))
+    logits = golden['logits'][0].astype(np.float64)
+    powers = np.exp(logits - logits.max())
+    names = json.loads((folder / 'model.json').read_text())['classes']
+    seen: dict[str, int] = {}
+    worst = 0.0
+    for name, want in zip(names, powers / powers.sum()):
+        seen[name] = seen.get(name, 0) + 1
+        own = found[name if seen[name] == 1 else f'{name} ({seen[name]})']
+        worst = max(worst, abs(float(own) - want))
+    yield 'probabilities', worst <= (1e-4 if exact else 0.02), f'{worst:.1e} at most'
+
+
+def latency(model: Any, given: Arrays) -> str:
+    """As the papers report it: mean and deviation of 20 sets, here of 10 predictions each."""
+    from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
+
+    benchmark = MLModelBenchmarker(model)
+    sets = []
+    for _ in range(20):
+        measured = asyncio.run(benchmark.benchmark_predict(inputs=given, iterations=10))
+        sets.append(measured.statistics.average)
+    return f'{np.mean(sets):.2f} ms, deviation {np.std(sets):.2f} of 20 sets'
+
+
 passed = True
 for path in sorted(folder.glob('*.mlpackage')):
     model = coremltools.models.MLModel(str(path))
@@ -71,7 +99,9 @@ for path in sorted(folder.glob('*.mlpackage')):
     for name in ('image', 'image_size', 'out_size'):
         golden.pop(name, None)
     exact, task = meta['dtype'] == 'fp32', meta.get('task', 'backbone')
-    if task == 'backbone':
+    if task == 'classification':
+        rows = labels(outputs, golden, exact)
+    elif task == 'backbone':
         rows = features(outputs, golden, exact)
     elif task == 'segmentation':
         rows = classes(outputs, golden, exact)
@@ -80,4 +110,8 @@ for path in sorted(folder.glob('*.mlpackage')):
     for name, good, text in rows:
         passed = passed and bool(good)
         print(f'{"ok" if good else "FAILED"}: {path.name} {name} {text}')
+    try:
+        print(f'   latency: {path.name} {latency(model, given)}')
+    except (ImportError, AttributeError) as reason:  # coremltools before 8.3
+        print(f'   latency: not measured, this coremltools has no benchmarker ({reason})')
 sys.exit(0 if passed else 6)

@@ -1,4 +1,4 @@
-"""An exported detector or segmentor in the place of mm's, whose own test then measures the file."""
+"""An exported complete model in the place of mm's, whose own test then measures the file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from ..checkpoints import RunCheckpoint
+from ..classification.tested import is_classifier
 from ..runtimes import Artifact, ArtifactError, open_artifact, shown_shape
 from ..runtimes.predictor import finish
 from .exported_backbone import Counts
@@ -131,6 +132,37 @@ class ExportedModel(BaseModel):
         return f'{type(self).__name__}({self.artifact.path})'
 
 
+@MODELS.register_module(force=True)  # replaces its stand-in of `lazy`
+class ExportedClassifier(ExportedModel):
+    """The same of a classifier: images come normalized from timm's transforms."""
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, labels: Tensor | None = None, mode: str = 'predict'
+    ) -> Any:
+        """`(N, 3, H, W)` and `labels (N,)` to one pair of logits and label per image.
+
+        Raises:
+            ArtifactError: In training, without labels, or where an image does not fit.
+        """
+        if mode != 'predict' or labels is None:
+            raise ArtifactError(
+                f'{self.artifact.path} is an exported file, which predicts and cannot be trained.'
+            )
+        if own := self.artifact.metadata.get('preprocess'):
+            mean, std = (inputs.new_tensor(own[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+            inputs = (inputs * std + mean).round()  # the pixels that they were made of
+            inputs = inputs.flip(1) if own['swap'] else inputs
+        count, most = len(inputs), self.artifact.input_shape[0] or len(inputs)
+        self.counts.images += count
+        logits = []
+        for start in range(0, count, most):
+            part = inputs[start : start + most]
+            full = torch.cat([part, part[-1:].expand(most - len(part), -1, -1, -1)])
+            (found,) = self.artifact.run_named({self.artifact.input_names[0]: full}).values()
+            logits.append(torch.from_numpy(found)[: len(part)])
+        return list(zip(torch.cat(logits), labels.cpu(), strict=True))
+
+
 def _note(sample: Any, result: dict[str, np.ndarray]) -> None:
     """Put a result into a sample, as mm's own models do."""
     if 'classes' in result:
@@ -148,8 +180,9 @@ def _note(sample: Any, result: dict[str, np.ndarray]) -> None:
 def run_file(cfg: Config, artifact: str, precision: str | None, trust: bool = False) -> None:
     """Let the config's model be an exported file, in place."""
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    kind = ExportedClassifier if is_classifier(cfg) else ExportedModel
     cfg.model = dict(
-        type=ExportedModel.__name__,
+        type=kind.__name__,
         artifact=artifact,
         data_preprocessor=preprocessor,
         precision=precision,

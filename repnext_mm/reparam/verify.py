@@ -29,7 +29,7 @@ def noise(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float3
 def prove(
     reference: nn.Module, other: nn.Module, size: tuple[int, int] = (512, 512), seed: int = 0
 ) -> list[StageError]:
-    """Compare two backbones in float64 on one seeded normal image `(1, 3, *size)`.
+    """Compare two networks in float64 on one seeded normal image `(1, 3, *size)`.
 
     Returns one entry per output. Neither model is changed.
 
@@ -43,6 +43,7 @@ def prove(
     expected, actual = (
         copy.deepcopy(m).to(device).double()(image.to(device)) for m in (reference, other)
     )
+    expected, actual = (o if isinstance(o, tuple) else (o,) for o in (expected, actual))
     shapes = [[tuple(t.shape) for t in outs] for outs in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise ValueError(f'the outputs have shapes {shapes[0]} and {shapes[1]}.')

@@ -80,7 +80,7 @@ class Artifact(ABC):
 
     @property
     def task(self) -> str:
-        """What it is for: 'backbone', 'segmentation' or 'detection'."""
+        """What it is for: 'backbone', 'classification', 'segmentation' or 'detection'."""
         return str(self.metadata.get('task', 'backbone'))
 
     def run(self, images: np.ndarray | Tensor) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Run an exported detector or segmentor on images: with numpy, Pillow or OpenCV, and its runtime.
+"""Run an exported classifier, detector or segmentor: with numpy, Pillow or OpenCV, and its runtime.
 
     python predict.py photo.jpg --out drawn.png --json
 
@@ -34,6 +34,8 @@ IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 MOST_PIXELS = 1 << 28
 #: Weights of OpenCV's bilinear interpolation, as whole numbers.
 BITS = 11
+#: Classes of a classifier that are shown.
+MOST_LIKELY = 5
 
 Settings = Mapping[str, Any]
 Result = dict[str, np.ndarray]
@@ -143,6 +145,34 @@ def padded(image: np.ndarray, step: Settings) -> np.ndarray:
     return full
 
 
+def shortened(image: np.ndarray, step: Settings) -> np.ndarray:
+    """Resized by Pillow until the short side has so many pixels, as torchvision rounds."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    side = step['side']
+    long = int(side * max(height, width) / min(height, width))
+    size = (side, long) if width <= height else (long, side)
+    require_pixels(*size)
+    if size == (width, height):
+        return image
+    kind = Image.Resampling[step['filter'].upper()]
+    resampled = Image.fromarray(np.ascontiguousarray(image[..., ::-1])).resize(size, kind)
+    return np.asarray(resampled)[..., ::-1]
+
+
+def cropped(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of an image, as torchvision rounds; zeros around one that is smaller."""
+    rows, columns = image.shape[:2]
+    if rows < height or columns < width:
+        above, left = (max(new - old, 0) // 2 for new, old in ((height, rows), (width, columns)))
+        full = np.zeros((max(rows, height), max(columns, width), 3), image.dtype)
+        full[above : above + rows, left : left + columns] = image
+        image, (rows, columns) = full, full.shape[:2]
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return image[top : top + height, left : left + width]
+
+
 def prepare(
     image: np.ndarray, settings: Settings, size: Sequence[int] | None = None
 ) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
@@ -161,6 +191,12 @@ def prepare(
         if 'pad' in step:
             image = padded(image, step['pad'])
             continue
+        if 'shorter' in step:
+            image = shortened(image, step['shorter'])
+            continue
+        if 'crop' in step:
+            image = cropped(image, *step['crop'])
+            continue
         how = dict(step['resize'])
         if size is not None and not how.get('multiple'):
             how = {'scale': (size[1], size[0]), 'keep_ratio': how.get('keep_ratio', False)}
@@ -172,7 +208,8 @@ def prepare(
     inside = image.shape[:2]
     divisor = settings.get('divisor') or 1
     rows, columns = size or (-(-side // divisor) * divisor for side in inside)
-    if rows < inside[0] or columns < inside[1]:
+    exact = settings['task'] == 'classification'  # more would be looked at than is tested
+    if rows < inside[0] or columns < inside[1] or (exact and (rows, columns) != inside):
         raise PredictError(
             f'an image of {inside[0]} x {inside[1]} pixels does not fit into the file, which '
             f'requires {rows} x {columns}; export with --dynamic all, or another --size.'
@@ -217,8 +254,12 @@ def finish(
 
     Returns:
         For a detector `boxes (n, 4)`, `scores (n,)`, `labels (n,)` and maybe `masks (n, H, W)`, the
-        best first; for a segmentor `classes (H, W)`.
+        best first; for a segmentor `classes (H, W)`; for a classifier `probabilities (C,)`.
     """
+    if settings['task'] == 'classification':
+        logits = outputs['logits'].astype(np.float64)
+        powers = np.exp(logits - logits.max())
+        return {'probabilities': (powers / powers.sum()).astype(np.float32)}
     if settings['task'] == 'segmentation':
         if 'logits' in outputs:
             logits = outputs['logits']
@@ -554,6 +595,8 @@ def draw(image: np.ndarray, result: Result, settings: Settings, threshold: float
 
     picture = np.array(image[..., ::-1], np.float32)
     palette = np.array(settings['palette'], np.float32)
+    if 'probabilities' in result:
+        return _titled(image, as_record(result, settings)['best'])
     if 'classes' in result:
         picture = 0.5 * picture + 0.5 * palette[result['classes'] % len(palette)]
         return np.ascontiguousarray(picture.astype(np.uint8)[..., ::-1])
@@ -579,9 +622,28 @@ def draw(image: np.ndarray, result: Result, settings: Settings, threshold: float
     return np.asarray(canvas)[..., ::-1]
 
 
+def _titled(image: np.ndarray, best: Sequence[Settings]) -> np.ndarray:
+    """The image with its most likely classes in a strip beneath."""
+    from PIL import Image, ImageDraw
+
+    height, width = image.shape[:2]
+    lines = [f'{row["score"]:.2f} {row["name"]}' for row in best]
+    canvas = Image.new('RGB', (max(width, 160), height + 14 * len(lines) + 6), (255, 255, 255))
+    canvas.paste(Image.fromarray(np.ascontiguousarray(image[..., ::-1])), (0, 0))
+    pen = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        pen.text((4, height + 3 + 14 * number), line, fill=(0, 0, 0))
+    return np.asarray(canvas)[..., ::-1]
+
+
 def as_record(result: Result, settings: Settings, threshold: float = 0.0) -> dict[str, Any]:
-    """Results as JSON values; masks as COCO's run lengths, classes as numbers of pixels."""
+    """Results as JSON values: run lengths of COCO, numbers of pixels, the most likely classes."""
     names = settings['classes']
+    if 'probabilities' in result:
+        scores = result['probabilities']
+        order = np.argsort(-scores, kind='stable')[:MOST_LIKELY]
+        rows = [{'label': int(i), 'name': names[i], 'score': float(scores[i])} for i in order]
+        return {'best': [{**row, 'score': round(row['score'], 6)} for row in rows]}
     if 'classes' in result:
         labels, counts = np.unique(result['classes'], return_counts=True)
         pixels = {str(names[label]): int(n) for label, n in zip(labels, counts)}
@@ -685,7 +747,9 @@ def predict_all(
             _save(draw(image, result, model.settings, threshold), target)
         if not as_json:
             shown = as_record(result, model.settings, threshold)
-            if 'detections' in shown:
+            if 'best' in shown:
+                rows = [f'{row["name"]} {row["score"]:.2f}' for row in shown['best']]
+            elif 'detections' in shown:
                 rows = [f'{row["name"]} {row["score"]:.2f}' for row in shown['detections']]
             else:
                 rows = [f'{name} {n / (width * height):.0%}' for name, n in shown['pixels'].items()]
