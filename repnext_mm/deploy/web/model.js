@@ -148,6 +148,79 @@ function padded(image, how) {
   return { data, width, height };
 }
 
+// What Pillow's resize makes of an image: taps in whole numbers, columns first.
+const FILTERS = {
+  bilinear: [1, (x) => (x < 1 ? 1 - x : 0)],
+  bicubic: [2, (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1
+    : x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0)],
+};
+
+function taps(size, old, name) {
+  const [reach, weigh] = FILTERS[name];
+  const scale = old / size, wide = Math.max(scale, 1), support = reach * wide;
+  return Array.from({ length: size }, (_, i) => {
+    const center = (i + 0.5) * scale;
+    const low = Math.max(Math.trunc(center - support + 0.5), 0);
+    const high = Math.min(Math.trunc(center + support + 0.5), old);
+    const raw = Array.from({ length: high - low },
+      (__, k) => weigh(Math.abs((k + low - center + 0.5) * (1 / wide))));
+    const by = 1 / raw.reduce((sum, value) => sum + value, 0);
+    const weights = raw.map((value) => Math.trunc(value * by * 2 ** 22 + (value < 0 ? -0.5 : 0.5)));
+    return { low, weights };
+  });
+}
+
+function resample(image, along, size, old, name) {
+  const step = along === 'x' ? 3 : image.width * 3;
+  const [width, height] = along === 'x' ? [size, image.height] : [image.width, size];
+  const data = new Uint8Array(width * height * 3), every = taps(size, old, name);
+  for (let j = 0, o = 0; j < height; j++) {
+    for (let i = 0; i < width; i++) {
+      const { low, weights } = every[along === 'x' ? i : j];
+      const start = along === 'x' ? (j * image.width + low) * 3 : (low * image.width + i) * 3;
+      for (let c = 0; c < 3; c++, o++) {
+        let sum = 2 ** 21;
+        for (let k = 0, p = start + c; k < weights.length; k++, p += step) {
+          sum += weights[k] * image.data[p];
+        }
+        data[o] = Math.min(Math.max(Math.floor(sum / 2 ** 22), 0), 255);
+      }
+    }
+  }
+  return { data, width, height };
+}
+
+function shortened(image, { side, filter }) {
+  if (!FILTERS[filter]) throw new Error(`This page does not know the filter ${filter}.`);
+  const { width, height } = image;
+  const long = Math.trunc((side * Math.max(width, height)) / Math.min(width, height));
+  const [columns, rows] = width <= height ? [side, long] : [long, side];
+  let result = image;
+  if (columns !== width) result = resample(result, 'x', columns, width, filter);
+  if (rows !== height) result = resample(result, 'y', rows, height, filter);
+  return result;
+}
+
+function cropped(image, [height, width]) {
+  const data = new Uint8Array(width * height * 3);
+  // Halves are rounded to even numbers, as in Python.
+  const even = (twice) => (twice % 4 === 1 || twice % 4 === -3 ? (twice - 1) / 2
+    : twice % 2 ? (twice + 1) / 2 : twice / 2);
+  const offset = (old, now) => (old < now ? -Math.floor((now - old) / 2) : even(old - now));
+  const top = offset(image.height, height), left = offset(image.width, width);
+  for (let j = 0; j < height; j++) {
+    const row = j + top;
+    if (row < 0 || row >= image.height) continue;
+    for (let i = 0; i < width; i++) {
+      const column = i + left;
+      if (column < 0 || column >= image.width) continue;
+      const from = (row * image.width + column) * 3;
+      data.set(image.data.subarray(from, from + 3), (j * width + i) * 3);
+    }
+  }
+  return { data, width, height };
+}
+
 export function prepare(rgba, settings, size) {
   let image = { data: new Uint8Array(rgba.width * rgba.height * 3), ...sides(rgba) };
   for (let i = 0, o = 0; i < rgba.data.length; i += 4, o += 3) {  // blue first, as mm loads it
@@ -161,6 +234,10 @@ export function prepare(rgba, settings, size) {
       image = padded(image, step.pad);
       continue;
     }
+    if (step.shorter || step.crop) {
+      image = step.crop ? cropped(image, step.crop) : shortened(image, step.shorter);
+      continue;
+    }
     const how = { ...step.resize }, before = sides(image);
     if (settings.task === 'segmentation' && size) how.keep_ratio = false;
     image = resized(image, how, size);
@@ -169,7 +246,9 @@ export function prepare(rgba, settings, size) {
   }
   const inside = [image.height, image.width], divisor = settings.divisor || 1;
   const shape = size || inside.map((side) => Math.ceil(side / divisor) * divisor);
-  if (shape[0] < inside[0] || shape[1] < inside[1]) {
+  const exact = settings.task === 'classification';
+  const other = shape[0] !== inside[0] || shape[1] !== inside[1];
+  if (shape[0] < inside[0] || shape[1] < inside[1] || (exact && other)) {
     throw new Error(`An image of ${inside.join(' x ')} pixels does not fit into the file.`);
   }
   const data = new Float32Array(3 * shape[0] * shape[1]).fill(settings.pad_value || 0);
@@ -193,6 +272,7 @@ const sides = ({ width, height }) => ({ width, height });
 // --- outputs, as mm finishes them
 
 export function finish(outputs, settings, original, factors) {
+  if (settings.task === 'classification') return { probabilities: softmax(outputs.logits) };
   if (settings.task === 'segmentation') return { classes: classMap(outputs, original) };
   const scores = outputs.scores.data, count = outputs.scores.dims[1];
   const found = [...Array(count).keys()].filter((i) => scores[i] > 0);
@@ -211,6 +291,14 @@ export function finish(outputs, settings, original, factors) {
       : imageMask(mask(i), settings, original, factors));
   }
   return result;
+}
+
+function softmax({ data, dims }) {
+  const logits = data.slice(0, dims[1]);
+  const most = logits.reduce((a, b) => Math.max(a, b));
+  const powers = Array.from(logits, (value) => Math.exp(value - most));
+  const sum = powers.reduce((a, b) => a + b);
+  return powers.map((value) => value / sum);
 }
 
 function classMap(outputs, [height, width]) {

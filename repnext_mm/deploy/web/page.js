@@ -20,15 +20,15 @@ async function start() {
     return;
   }
   const { settings, file } = model;
-  const what = settings.task === 'segmentation' ? 'segmentation'
+  const what = settings.task !== 'detection' ? settings.task
     : settings.masks ? 'instance segmentation' : 'detection';
   document.title = settings.name;
   $('name').textContent = settings.name;
   $('about').textContent = `${what}, ${settings.classes.length} classes; `
     + `${file.dynamic.includes('hw') ? 'images of any size' : `${file.size.join(' x ')} pixels`}; `
     + 'nothing is uploaded.';
-  $('least').hidden = settings.task === 'segmentation';
-  $('least').style.display = settings.task === 'segmentation' ? 'none' : '';
+  $('least').hidden = settings.task !== 'detection';
+  $('least').style.display = settings.task !== 'detection' ? 'none' : '';
   $('choose').disabled = false;
   $('camera').disabled = !navigator.mediaDevices;
   const given = new URLSearchParams(location.search).get('image');
@@ -67,7 +67,14 @@ function draw() {
   const picture = new ImageData(new Uint8ClampedArray(image.data), image.width, image.height);
   const color = (label) => palette[label % palette.length];
   const rows = [];
-  if (result.classes) {
+  if (result.probabilities) {
+    const order = result.probabilities.map((_, label) => label)
+      .sort((a, b) => result.probabilities[b] - result.probabilities[a]);
+    order.slice(0, 5).forEach((label) => {
+      rows.push([label, `${classes[label]} ${(100 * result.probabilities[label]).toFixed(1)} %`]);
+    });
+    pen.putImageData(picture, 0, 0);
+  } else if (result.classes) {
     const counts = new Map();
     result.classes.forEach((label, p) => {
       counts.set(label, (counts.get(label) || 0) + 1);
