@@ -32,7 +32,7 @@ LAYERS = (
     ('engine', 'visualization'),
     ('measure',),
     ('deploy',),
-    ('model_table', 'model_list', 'demo'),
+    ('model_table', 'model_list', 'demo', 'publish'),
     ('__init__',),
 )
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a detector or a segmentor; `--help` lists the options."""
+"""Train a detector, a segmentor or a classifier; `--help` lists the options."""
 
 import sys
 

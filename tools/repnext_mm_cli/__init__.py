@@ -21,10 +21,11 @@ NAME = 'repnext-mm'
 #: Subcommand: what it calls, with the rest of the command line in sys.argv, and its help. What is
 #: called begins with `ArgumentParser.parse_args`, and returns the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
-    'train': ('repnext_mm.engine.cli:train_main', 'train a detector or a segmentor'),
+    'train': ('repnext_mm.engine.cli:train_main', 'train a detector, a segmentor or a classifier'),
     'test': ('repnext_mm.engine.cli:evaluate_main', 'evaluate a checkpoint'),
     'deploy': ('repnext_mm.deploy.cli:deploy_main', 'fuse, export and prove a model'),
     'predict': ('repnext_mm.deploy.predict:predict_main', 'run an exported model on images'),
+    'publish': ('repnext_mm.publish:main', 'write the weights of a run for others'),
     'benchmark': ('repnext_mm.measure.cli:main', 'time training, inference or layers'),
     'models': ('repnext_mm.model_list:main', 'list networks and configs with published figures'),
     'doctor': ('repnext_mm_cli.doctor:main', 'check that the installed packages fit each other'),
