@@ -14,7 +14,14 @@ from rich.table import Table
 from .configs import FOLDER, config_paths
 from .engine.errors import UserError, run_tool
 from .program import program
-from .published_results import METHODS, published, published_results, top1
+from .published_results import (
+    LATENCIES,
+    METHODS,
+    TOP1,
+    of_imagenet_config,
+    published,
+    published_results,
+)
 from .text import closest
 
 Record = dict[str, Any]
@@ -23,10 +30,16 @@ Columns = dict[str, str]
 NETWORK_COLUMNS: Columns = {
     'params_M': 'params (M)',
     'macs_G_224': 'MACs (G), 224x224',
-    'top1': 'top-1 (%)',
+    **TOP1,
+    **LATENCIES,
 }
-CONFIG_COLUMNS: Columns = {'box_AP': 'box AP', 'mask_AP': 'mask AP', 'mIoU': 'mIoU'}
-WIDTH = 120  # where the output is no terminal
+CONFIG_COLUMNS: Columns = {
+    'top1': 'top-1',
+    'box_AP': 'box AP',
+    'mask_AP': 'mask AP',
+    'mIoU': 'mIoU',
+}
+WIDTH = 140  # where the output is no terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +62,7 @@ def networks() -> list[Record]:
     for name in published_results()['imagenet']:
         if not name.startswith('_'):
             figures = published('imagenet', name)
-            records.append({'name': name, 'published': figures | {'top1': top1(figures)}})
+            records.append({'name': name, 'published': figures})
     return records
 
 
@@ -58,6 +71,8 @@ def configs() -> list[Record]:
     records = []
     for name, path in config_paths().items():
         record: Record = {'name': name, 'path': str(path), 'published': {}}
+        if found := of_imagenet_config(name):
+            record |= {'network': found[0], 'dataset': 'ImageNet-1k', 'published': found[1]}
         for prefix, method in METHODS.items():
             network = name.removeprefix(f'{prefix}_').removesuffix(f'_{method.suffix}')
             if name == f'{prefix}_{network}_{method.suffix}':
@@ -111,8 +126,13 @@ def matches(pattern: str, name: str) -> bool:
 def table(records: list[Record], title: str, columns: Columns) -> Table:
     """A row for each record, in columns of published figures."""
     shown = Table(title)
-    for column in columns.values():
+    there = {
+        key: column
+        for key, column in columns.items()
+        if any(key in r['published'] for r in records)
+    }
+    for column in there.values():
         shown.add_column(f'{column}, published', justify='right')
     for record in records:
-        shown.add_row(record['name'], *(str(record['published'].get(key, '-')) for key in columns))
+        shown.add_row(record['name'], *(str(record['published'].get(key, '-')) for key in there))
     return shown

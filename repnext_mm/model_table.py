@@ -19,7 +19,7 @@ from .checkpoints import PUBLISHED
 from .checkpoints.published import names_for
 from .complexity import count_macs, count_parameters
 from .network import PLANS
-from .published_results import METHODS, published, top1
+from .published_results import LATENCIES, METHODS, TOP1, of_imagenet_config, published
 
 PAPERS = {
     'repnext': 'https://arxiv.org/abs/2406.16004',
@@ -120,6 +120,31 @@ def config_records(root: Path) -> list[Record]:
                 }
                 weights = PUBLISHED.get(f'{family}_{arch}_{method.suffix}')
                 records.append(record | ({'Weights': weights.url} if weights else {}))
+    return records + imagenet_records(root)
+
+
+def imagenet_records(root: Path) -> list[Record]:
+    """The configs of ImageNet: the published figure of their own recipe, and what we reached."""
+    records = []
+    collections = {
+        f'{f}_{arch}': cls.__name__ for f, cls in FAMILIES.items() for arch in cls.arch_zoo
+    }
+    for path in sorted((root / 'configs' / 'imagenet').glob('*_imagenet.py')):
+        network, figures = of_imagenet_config(path.stem) or ('', {})
+        result = {
+            'Task': 'Image Classification',
+            'Dataset': 'ImageNet-1k',
+            'Published': figures or NONE,
+            'Measured': PENDING,
+        }
+        records.append(
+            {
+                'Name': path.stem,
+                'In Collection': collections[network],
+                'Config': path.relative_to(root).as_posix(),
+                'Results': [result],
+            }
+        )
     return records
 
 
@@ -162,7 +187,10 @@ def _result_cells(models: dict[str, Record], family: str, arch: str) -> dict[str
         'params (M), measured': f'{parameters / 1e6:.2f}',
         'MACs (G), published': str(figures['macs_G_224']),
         'MACs (G), measured': f'{measured["MACs at 224x224"][form] / 1e9:.2f}',
-        'top-1, published': str(top1(figures)),
+        **{
+            f'{title}, published': str(figures.get(column, NONE))
+            for column, title in (TOP1 | LATENCIES).items()
+        },
     }
     for name, method in METHODS.items():
         config = models.get(f'{name}_{family}_{arch}_{method.suffix}')

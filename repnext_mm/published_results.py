@@ -53,6 +53,42 @@ def published(section: str, model: str) -> dict[str, float]:
     return {column: value for column, value in values if value is not None}
 
 
+#: Columns of ImageNet by the recipe that they are of: a recipe's figures are compared with its own.
+TOP1: dict[str, str] = {
+    'top1_distilled': 'top-1, distilled',
+    'top1': 'top-1',
+    'top1_starnet_distilled': "top-1, StarNet's recipe, distilled",
+    'top1_starnet': "top-1, StarNet's recipe",
+}
+LATENCIES: dict[str, str] = {
+    'latency_ms_iphone12': 'ms, iPhone 12',
+    'latency_ms_iphone13': 'ms, iPhone 13',
+}
+#: How the names of ImageNet's configs end, and whose figure is theirs.
+_ENDINGS = {
+    '_starnet_distill': 'top1_starnet_distilled',
+    '_starnet': 'top1_starnet',
+    '_distill': 'top1_distilled',
+    '': 'top1',
+}
+
+
 def top1(figures: Mapping[str, float]) -> float:
-    """ImageNet accuracy of a network's figures: with distillation where it was published."""
-    return figures.get('top1_distill_300e', figures['top1_300e'])
+    """One accuracy for a network: of its family's own recipe and distilled, where published."""
+    return next(figures[c] for c in ('top1_distilled', 'top1_starnet_distilled', 'top1')
+                if c in figures)  # fmt: skip
+
+
+def of_imagenet_config(name: str) -> tuple[str, dict[str, float]] | None:
+    """The network of a config of ImageNet by its name, and the figure of its recipe."""
+    stem = name.removesuffix('_imagenet')
+    if stem == name:
+        return None
+    ending = next(ending for ending in _ENDINGS if stem.endswith(ending))
+    network = stem.removesuffix(ending).removesuffix('_384')
+    figures = published('imagenet', network)
+    column = _ENDINGS[ending]
+    if column not in figures:  # the E forms have StarNet's recipe alone
+        column = column.replace('top1', 'top1_starnet')
+    found = column in figures and not stem.endswith('_384')
+    return network, {'top1': figures[column]} if found else {}

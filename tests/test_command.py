@@ -171,10 +171,12 @@ def test_models_lists_every_network_and_config(capsys: pytest.CaptureFixture) ->
     tables = published_results()
     networks = {row['name']: row['published'] for row in listed['networks']}
     assert set(networks) == {name for name in tables['imagenet'] if not name.startswith('_')}
-    assert networks['repnext_m4']['top1'] == tables['imagenet']['repnext_m4'][2]
-    assert networks['inception_next_tiny']['top1'] == tables['imagenet']['inception_next_tiny'][3]
+    assert networks['repnext_m4']['top1_distilled'] == tables['imagenet']['repnext_m4'][3]
+    assert networks['inception_next_tiny']['top1'] == tables['imagenet']['inception_next_tiny'][4]
+    assert 'top1_distilled' not in networks['inception_next_tiny']
     rows = {row['name']: row for row in listed['configs']}
-    assert set(rows) == {path.stem for path in (REPO / 'configs').glob('*.py')}
+    places = ((REPO / 'configs').glob('*.py'), (REPO / 'configs/imagenet').glob('*.py'))
+    assert set(rows) == {path.stem for paths in places for path in paths}
     box, mask = (tables['coco_mask_rcnn_1x']['repnext_m4'][i] for i in (0, 3))
     assert rows['mask_rcnn_repnext_m4_coco']['published'] == {'box_AP': box, 'mask_AP': mask}
     assert rows['mask_rcnn_repnext_m4_coco']['network'] == 'repnext_m4'
@@ -190,7 +192,8 @@ def test_models_are_filtered_by_name(pattern: str, capsys: pytest.CaptureFixture
     figures = {row[1]: row[3::2] for row in rows}
     assert set(figures) >= {'repnext_m4', 'mask_rcnn_repnext_m4_coco'}
     assert all('repnext_m4' in name for name in figures)
-    assert figures['semantic_fpn_repnext_m4_ade20k'] == ['-', '-', '43.3']
+    assert figures['semantic_fpn_repnext_m4_ade20k'] == ['-', '-', '-', '43.3']
+    assert figures['repnext_m4_distill_imagenet'][0] == '82.3'
 
 
 def test_no_model_matches(capsys: pytest.CaptureFixture) -> None:
@@ -220,7 +223,7 @@ COMPLETIONS = [
     (['train', 'my_o'], ['my_own.py']),
     (['train', 'x', '--auto'], ['--auto-scale-lr']),
     (['test', 'x', 'my_o'], ['my_own.py']),
-    (['deploy', 'export', 'recnext_a5'], ['recnext_a5']),
+    (['deploy', 'export', 'recnext_a5_'], ['recnext_a5_distill_imagenet', 'recnext_a5_imagenet']),
     (['deploy', 'export', 'x', '--plan', 'si'], ['single']),
     (['benchmark', 'train-step', 'recnext_a5'], ['recnext_a5']),
     (['completion', 'z'], ['zsh']),
