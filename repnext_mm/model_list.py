@@ -126,11 +126,8 @@ def matches(pattern: str, name: str) -> bool:
 def table(records: list[Record], title: str, columns: Columns) -> Table:
     """A row for each record, in columns of published figures."""
     shown = Table(title)
-    there = {
-        key: column
-        for key, column in columns.items()
-        if any(key in r['published'] for r in records)
-    }
+    known = {key for record in records for key in record['published']}
+    there = {key: column for key, column in columns.items() if key in known}
     for column in there.values():
         shown.add_column(f'{column}, published', justify='right')
     for record in records:

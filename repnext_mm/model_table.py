@@ -126,9 +126,7 @@ def config_records(root: Path) -> list[Record]:
 def imagenet_records(root: Path) -> list[Record]:
     """The configs of ImageNet: the published figure of their own recipe, and what we reached."""
     records = []
-    collections = {
-        f'{f}_{arch}': cls.__name__ for f, cls in FAMILIES.items() for arch in cls.arch_zoo
-    }
+    collections = {name: family.__name__ for name, (family, _) in names().items()}
     for path in sorted((root / 'configs' / 'imagenet').glob('*_imagenet.py')):
         network, figures = of_imagenet_config(path.stem) or ('', {})
         result = {
