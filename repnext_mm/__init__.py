@@ -68,6 +68,7 @@ __getattr__ = lazy_attributes(
 
 for _name in ('InceptionNeXt', 'RecNeXt', 'RepNeXt'):
     register_lazily(MODELS, _name, '.backbones', base=Network)
+register_lazily(MODELS, 'TimmPyramid', '.backbones.timm_pyramid')
 register_lazily(MODELS, 'ExportedBackbone', '.engine.exported_backbone')
 register_lazily(MODELS, 'ExportedModel', '.engine.exported_model')
 register_lazily(MODELS, 'ExportedClassifier', '.engine.exported_model')

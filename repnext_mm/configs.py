@@ -11,7 +11,7 @@ FOLDER = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[2] / 'configs'
 
 
 #: Folders of configs, from the one of all configs on.
-PLACES = ('.', 'imagenet')
+PLACES = ('.', 'imagenet', 'imagenet/ablation')
 
 
 def config_paths(folder: Path = FOLDER) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -97,8 +98,12 @@ class _Build:
     def __init__(self, family: str, arch: str) -> None:
         self.family, self.arch = family, arch
 
-    def __call__(self, **kwargs: Any) -> Classifier:
-        return CLASSIFIERS[self.family](self.arch, **kwargs)
+    def __call__(self, arch: Mapping[str, Any] | None = None, **kwargs: Any) -> Classifier:
+        """The network; `arch` has what differs from its row, as in the papers' ablations."""
+        family = CLASSIFIERS[self.family]
+        if arch is None:
+            return family(self.arch, **kwargs)
+        return family({**family.arch_zoo[self.arch], **arch}, **kwargs)
 
 
 #: The names that this package has registered, and under which.

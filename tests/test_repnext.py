@@ -53,7 +53,7 @@ def test_drop_path_drops_whole_samples_only_in_training():
         (dict(arch=dict(channels=(8, 16, 32, 64))), ValueError, ['depths']),
         (dict(arch=TINY | dict(width=3)), ValueError, ['width', 'mlp_ratio']),
         (dict(arch=dict(channels=(8, 16), depths=(1, 1))), ValueError, ['4 whole numbers']),
-        (dict(arch=dict(channels=(8, 12, 32, 64), depths=(1,) * 4)), ValueError, ['double']),
+        (dict(arch=dict(channels=(8, 18, 32, 64), depths=(1,) * 4)), ValueError, ['multiples']),
         (dict(out_indices=(0, 4)), ValueError, ['(0, 4)', '(0, 1, 2, 3)']),
         (dict(out_indices=(-1,)), ValueError, ['(-1,)']),
         (dict(out_indices=(2, 1)), ValueError, ['increasing']),

@@ -20,6 +20,9 @@ from ..layers.execution import FastLayer, autocasts, run_in_float32
 
 UpsampleMode = Literal['nearest', 'bilinear']
 UPSAMPLE_MODES: tuple[UpsampleMode, ...] = get_args(UpsampleMode)
+#: Upsampling that is learned: one transposed convolution for all levels of a mixer.
+TRANSPOSED = 'transposed'
+RECURSIVE_MODES: tuple[str, ...] = (*UPSAMPLE_MODES, TRANSPOSED)
 
 
 class Upsample(FastLayer):
@@ -41,6 +44,22 @@ class Upsample(FastLayer):
 
     def extra_repr(self) -> str:
         return f'mode={self.mode!r}'
+
+
+class TransposedUpsample(nn.ConvTranspose2d):
+    """Depthwise transposed convolution of stride 2, cut to `size`: `(N, C, h, w) -> (N, C, *size)`.
+
+    The authors name it as the cure for the throughput of bilinear upsampling. `size` is at most
+    twice the size of the input: an odd one was rounded up when it was halved.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool) -> None:
+        options: dict[str, Any] = dict(stride=2, padding=kernel_size // 2, bias=bias)
+        super().__init__(channels, channels, kernel_size + 1, groups=channels, **options)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
+        out = super().forward(x)
+        return out if tuple(out.shape[2:]) == tuple(size) else out[..., : size[0], : size[1]]
 
 
 class DepthwiseConv2d(nn.Conv2d, FastLayer):
@@ -65,7 +84,8 @@ class RecursiveConv(nn.Module):
         channels: C.
         kernel_size: Size of the depthwise kernels, odd.
         level: How often the resolution is halved; the receptive field doubles with each.
-        mode: Upsampling between the levels, where it is not a transposed convolution.
+        mode: Upsampling between the levels: bilinear, nearest or transposed; without effect where
+            the variant has transposed convolutions of its own.
         bias: Whether the convolutions have one.
     """
 
@@ -78,7 +98,7 @@ class RecursiveConv(nn.Module):
         channels: int,
         kernel_size: int = 5,
         level: int = 1,
-        mode: UpsampleMode = 'bilinear',
+        mode: str = 'bilinear',
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -88,8 +108,8 @@ class RecursiveConv(nn.Module):
             raise ValueError(
                 f'level={level} is too low for {type(self).__name__}; use {self.min_level} or more.'
             )
-        if mode not in UPSAMPLE_MODES:
-            raise ValueError(f'mode={mode!r} is not one of {", ".join(UPSAMPLE_MODES)}.')
+        if mode not in RECURSIVE_MODES:
+            raise ValueError(f'mode={mode!r} is not one of {", ".join(RECURSIVE_MODES)}.')
         if self.transposed and channels % 2**level:
             raise ValueError(
                 f'{type(self).__name__} halves its channels {level} times, which {channels} '
@@ -97,8 +117,12 @@ class RecursiveConv(nn.Module):
             )
         self.level = level
         self.mode = mode
-        if not self.transposed:
-            self.upsample = Upsample(mode)
+        if not self.transposed and level:
+            self.upsample: nn.Module = (
+                TransposedUpsample(channels, kernel_size, bias)
+                if mode == TRANSPOSED
+                else Upsample(cast(UpsampleMode, mode))
+            )
         options: dict[str, Any] = dict(kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
         self.build(channels, partial(nn.Conv2d, **options))
 

@@ -39,7 +39,7 @@ from ..layers.fast import frozen_conv_norm
 from ..network import Plan
 from ..reparam import Fusible, Note, folding, kernels
 from .base import NUM_STAGES, PyramidBackbone
-from .recconv import RECURSIVE_CONVS, UPSAMPLE_MODES, Upsample, UpsampleMode
+from .recconv import RECURSIVE_CONVS, RECURSIVE_MODES, UPSAMPLE_MODES, Upsample, UpsampleMode
 from .repnext import RepNeXt
 
 # --- linear attention, for series a and l
@@ -371,7 +371,8 @@ class RecNeXt(PyramidBackbone):
     value for all stages or a sequence of one per stage:
 
     - m: `type` (recursive, recurrent, grouped or split), `kernel_size`, `level` (0 with type
-      recursive is a plain convolution), `mode` (bilinear or nearest), `bias`;
+      recursive is a plain convolution), `mode` (bilinear, nearest or
+      transposed, a shared transposed convolution), `bias`;
     - a: `heads`, `kernel_size`, `mode`;
     - l: `share_channel`.
 
@@ -440,7 +441,8 @@ def _token_mixer_options(series: str, changes: dict[str, Any]) -> list[dict[str,
     values = {k: _per_stage(f'token_mixer[{k!r}]', v) for k, v in (defaults | changes).items()}
     options = [{k: v[i] for k, v in values.items()} for i in range(NUM_STAGES)]
     for option in options:
-        for key, allowed in dict(type=RECURSIVE_CONVS, mode=UPSAMPLE_MODES).items():
+        modes = RECURSIVE_MODES if series == 'm' else UPSAMPLE_MODES
+        for key, allowed in dict(type=RECURSIVE_CONVS, mode=modes).items():
             if key in option and option[key] not in allowed:
                 raise ValueError(
                     f'arch token_mixer[{key!r}]={option[key]!r} is not one of {", ".join(allowed)}.'

@@ -7,7 +7,7 @@ and norms can be frozen, synchronized and fully folded.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,6 +38,26 @@ MEDIUM: tuple[Branch, ...] = (
     ((1, 5), (5, 1)),
 )
 LARGE = 11
+
+# The variants of the ablation (table 5), by their names in a custom `arch`; none removes the
+# convolution of a chunk, which then passes its channels on.
+STRIPS: tuple[Branch, ...] = (((1, 7), (7, 1)), ((1, 5), (5, 1)))
+SMALL_PATTERNS: dict[str, tuple[Branch, ...]] = {
+    'parallel': SMALL,
+    'serial': SMALL_SERIAL,
+    '3x3': (((3, 3),),),
+    'none': (),
+}
+MEDIUM_PATTERNS: dict[str, tuple[Branch, ...]] = {
+    '7x7+5x3+3x5+strips': MEDIUM,
+    '7x7+5x3+3x5': MEDIUM[:3],
+    '7x7+5x5+3x3': (((7, 7),), ((5, 5),), ((3, 3),)),
+    '7x7+5x5+3x3+strips': (((7, 7),), ((5, 5),), ((3, 3),), *STRIPS),
+    '7x7': (((7, 7),),),
+    'none': (),
+}
+LARGE_PATTERNS = ('strips', 'dense', 'none')
+DOWNSAMPLES = ('copy', '3x3')
 
 
 def branch_name(size: tuple[int, int]) -> str:
@@ -157,46 +177,72 @@ class ChunkConv(Fusible, FastLayer):
     # BranchedDepthwise while training, Conv2d once fused.
     conv_s: Any
     conv_m: Any
+    conv_l: Any
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        small: tuple[Branch, ...] = SMALL,
+        medium: tuple[Branch, ...] = MEDIUM,
+        large: str = 'strips',
+    ) -> None:
         super().__init__()
         width = channels // 4
-        self.conv_s = BranchedDepthwise(width, SMALL)
-        self.conv_m = BranchedDepthwise(width, MEDIUM)
-        pad = LARGE // 2
-        self.conv_l = fast.Chain(
-            nn.Conv2d(width, width, (1, LARGE), padding=(0, pad), groups=width),
-            nn.Conv2d(width, width, (LARGE, 1), padding=(pad, 0), groups=width),
-        )
+        self.conv_s = BranchedDepthwise(width, small) if small else nn.Identity()
+        self.conv_m = BranchedDepthwise(width, medium) if medium else nn.Identity()
+        self.conv_l = _large_conv(width, large)
 
     def forward(self, x: Tensor) -> Tensor:
         i, s, m, large = fast.chunk(x, 4) if self.is_fast() else x.chunk(4, dim=1)
         return torch.cat((i, self.conv_s(s), self.conv_m(m), self.conv_l(large)), dim=1)
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
-        if plan != 'single':
+        convs = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        if plan != 'single' or not convs:
             return self
-        row, column = cast(list[nn.Conv2d], list(self.conv_l))
-        size = (LARGE, LARGE)
-        row_weight, row_bias = folding.weights(row)
-        column_weight, column_bias = folding.weights(column)
+        size = max(conv.kernel_size for conv in convs)
+        size = (max(size), max(size))
+        large, exact = self._large_kernel()
         note(
-            'chunk convolution to one 11x11 depthwise convolution',
-            'border' if row_bias.is_meta or row_bias.any() else 'exact',
+            f'chunk convolution to one {size[0]}x{size[1]} depthwise convolution',
+            'exact' if exact else 'border',
         )
-        small, small_bias = folding.weights(self.conv_s)
-        medium, medium_bias = folding.weights(self.conv_m)
-        weight = torch.cat(
-            (
-                kernels.identity_kernel(row.groups, size, small.dtype, small.device),
-                kernels.pad_kernel(small, size),
-                kernels.pad_kernel(medium, size),
-                kernels.compose_strips(row_weight, column_weight),
-            )
+        first = convs[0]
+        identity = (
+            kernels.identity_kernel(first.groups, size, torch.float64, first.weight.device),
+            first.weight.new_zeros(first.groups, dtype=torch.float64),
         )
-        large_bias = kernels.strip_bias(column_weight, row_bias, column_bias)
-        bias = torch.cat((torch.zeros_like(small_bias), small_bias, medium_bias, large_bias))
-        return folding.conv2d(weight, bias, like=row, padding=LARGE // 2, groups=4 * row.groups)
+        chunks = [identity]
+        for conv in (self.conv_s, self.conv_m):
+            chunks.append(folding.weights(conv) if isinstance(conv, nn.Conv2d) else identity)
+        chunks.append(large or identity)
+        weight = torch.cat([kernels.pad_kernel(weight, size) for weight, _ in chunks])
+        bias = torch.cat([bias for _, bias in chunks])
+        groups = 4 * first.groups
+        return folding.conv2d(weight, bias, like=first, padding=size[0] // 2, groups=groups)
+
+    def _large_kernel(self) -> tuple[Affine | None, bool]:
+        """Weight and bias of the large chunk, and whether they are exact at the borders."""
+        if isinstance(self.conv_l, nn.Identity):
+            return None, True
+        if isinstance(self.conv_l, nn.Conv2d):
+            return folding.weights(self.conv_l), True
+        (row, row_bias), (column, column_bias) = map(folding.weights, self.conv_l)
+        weight = kernels.compose_strips(row, column)
+        bias = kernels.strip_bias(column, row_bias, column_bias)
+        return (weight, bias), not (row_bias.is_meta or row_bias.any())
+
+
+def _large_conv(width: int, pattern: str) -> nn.Module:
+    pad = LARGE // 2
+    if pattern == 'dense':
+        return nn.Conv2d(width, width, LARGE, padding=pad, groups=width)
+    if pattern == 'none':
+        return nn.Identity()
+    return fast.Chain(
+        nn.Conv2d(width, width, (1, LARGE), padding=(0, pad), groups=width),
+        nn.Conv2d(width, width, (LARGE, 1), padding=(pad, 0), groups=width),
+    )
 
 
 class CopyConv(fast.NormFolding, Fusible):
@@ -208,10 +254,15 @@ class CopyConv(fast.NormFolding, Fusible):
     conv_s: Any
     conv_m: Any
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        small: tuple[Branch, ...] = SMALL_SERIAL,
+        medium: tuple[Branch, ...] = MEDIUM,
+    ) -> None:
         super().__init__()
-        self.conv_s = BranchedDepthwise(channels, SMALL_SERIAL, stride=2)
-        self.conv_m = BranchedDepthwise(channels, MEDIUM, stride=2)
+        self.conv_s = BranchedDepthwise(channels, small, stride=2)
+        self.conv_m = BranchedDepthwise(channels, medium, stride=2)
 
     def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
         """`after` is applied to the output, only where this layer is fast."""
@@ -266,6 +317,27 @@ class DeinterleavedConv2d(fast.NormFolding):
         return DeinterleavedConv2d(folding.conv2d(weight, bias, like=self.conv))
 
 
+class Projected(fast.NormFolding):
+    """A downsample's token mixer and a 1x1 convolution, for widths that do not double.
+
+    `(N, C, H, W) -> (N, out_channels, H', W')`
+    """
+
+    def __init__(self, mixer: nn.Module, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.proj = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
+        """`after` is applied to the output."""
+        return fast.scaled(self.proj, self.mixer(x), after)
+
+    def fold_norm_backward(self, norm: _BatchNorm) -> Projected:
+        """Fold the norm that follows into the 1x1 convolution."""
+        self.proj = folding.fold_norm_backward(self.proj, norm)
+        return self
+
+
 def _in_pairs(affine: Affine) -> Affine:
     """Reordered from halves to pairs."""
     scale, shift = (kernels.interleave(*t.chunk(2)) for t in affine)
@@ -284,6 +356,16 @@ class RepNeXt(PyramidBackbone):
     `depths` (four each), and optionally `mlp_ratio` and `single_branch`. `drop_path_rate` is
     one constant rate for every block; the published weights were trained with 0.
 
+    The variants of the paper's ablation (table 5) are further keys of a custom `arch`:
+
+    - `small`: parallel, serial, 3x3 or none;
+    - `medium`: 7x7+5x3+3x5+strips, 7x7+5x3+3x5, 7x7+5x5+3x3, 7x7+5x5+3x3+strips, 7x7 or none;
+    - `large`: strips, dense (one 11x11 kernel, with which plan 'single' is exact) or none;
+    - `reparameterize`: False trains one kernel for each chunk, also in the downsamples;
+    - `downsample`: copy, or 3x3 for one plain depthwise convolution.
+
+    Where widths do not double from stage to stage, a 1x1 convolution follows the downsample's.
+
     Example:
         >>> import torch
         >>> from repnext_mm import RepNeXt
@@ -294,7 +376,17 @@ class RepNeXt(PyramidBackbone):
         ((40, 80, 160, 320), (4, 8, 16, 32))
     """
 
-    arch_keys: ClassVar = dict(channels=..., depths=..., mlp_ratio=2, single_branch=False)
+    arch_keys: ClassVar = dict(
+        channels=...,
+        depths=...,
+        mlp_ratio=2,
+        single_branch=False,
+        small='parallel',
+        medium='7x7+5x3+3x5+strips',
+        large='strips',
+        reparameterize=True,
+        downsample='copy',
+    )
     # Widths and depths: RepNeXt paper, section 4; E-forms: the single-branch release.
     arch_zoo: ClassVar = {
         'm0': _row(40, (2, 2, 9, 1)),
@@ -310,38 +402,65 @@ class RepNeXt(PyramidBackbone):
 
     def build(self, settings: dict[str, Any], drop_path_rate: float) -> None:
         channels, ratio = settings['channels'], settings['mlp_ratio']
-        single = settings['single_branch']
-        self._check_widths(channels, single)
+        self._check(settings)
         self.stem = nn.Sequential()
         self.stem.add_module('stem', conv_stem(channels[0]))
 
         def block(i: int, _: int) -> nn.Module:
-            mixer = _block_mixer(channels[i], single)
+            mixer = _block_mixer(channels[i], settings)
             return MetaNeXtBlock(channels[i], mixer, ratio, drop_path_rate)
 
         def downsample(i: int) -> nn.Module:
-            mixer = _downsample_mixer(channels[i - 1], single)
+            mixer = _downsample_mixer(channels[i - 1], settings)
+            if channels[i] != 2 * channels[i - 1]:
+                mixer = Projected(mixer, 2 * channels[i - 1], channels[i])
             return Downsample(channels[i], mixer, ratio)
 
         self.stages = make_stages(settings['depths'], block, downsample)
 
     @staticmethod
-    def _check_widths(channels: tuple[int, ...], single: bool) -> None:
-        doubles = all(b == 2 * a for a, b in pairwise(channels))
-        if not doubles or channels[0] % 2 or (channels[0] % 4 and not single):
+    def _check(settings: dict[str, Any]) -> None:
+        channels, single = settings['channels'], settings['single_branch']
+        step = 2 if single else 4
+        if any(width < step or width % step for width in channels):
             raise ValueError(
-                f'arch["channels"]={tuple(channels)} must double from stage to stage and start '
-                'with a multiple of 4 (of 2 with single_branch).'
+                f'arch["channels"]={tuple(channels)} must be multiples of 4 (of 2 with '
+                'single_branch).'
             )
+        allowed: dict[str, Iterable[Any]] = {
+            'small': SMALL_PATTERNS,
+            'medium': MEDIUM_PATTERNS,
+            'large': LARGE_PATTERNS,
+            'reparameterize': (True, False),
+            'downsample': DOWNSAMPLES,
+        }
+        for key, values in allowed.items():
+            if settings[key] not in values:
+                raise ValueError(
+                    f'arch[{key!r}]={settings[key]!r} must be one of {", ".join(map(str, values))}.'
+                )
+            if single and settings[key] != RepNeXt.arch_keys[key]:
+                raise ValueError(
+                    f'arch[{key!r}] is for the branches that single_branch=True does without; '
+                    'leave one of them out.'
+                )
 
 
-def _block_mixer(channels: int, single: bool) -> nn.Module:
-    if single:
-        return nn.Conv2d(channels, channels, 11, padding=5, groups=channels)
-    return ChunkConv(channels)
+def _block_mixer(channels: int, settings: dict[str, Any]) -> nn.Module:
+    if settings['single_branch']:
+        return nn.Conv2d(channels, channels, LARGE, padding=LARGE // 2, groups=channels)
+    small, medium = SMALL_PATTERNS[settings['small']], MEDIUM_PATTERNS[settings['medium']]
+    if not settings['reparameterize']:
+        small, medium = small[:1], medium[:1]
+    return ChunkConv(channels, small, medium, settings['large'])
 
 
-def _downsample_mixer(channels: int, single: bool) -> nn.Module:
-    if single:
+def _downsample_mixer(channels: int, settings: dict[str, Any]) -> nn.Module:
+    if settings['single_branch']:
         return nn.Conv2d(channels, 2 * channels, 7, stride=2, padding=3, groups=channels)
-    return CopyConv(channels)
+    if settings['downsample'] == '3x3':
+        return nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, groups=channels)
+    if not settings['reparameterize']:
+        return CopyConv(channels, SMALL_SERIAL[:1], MEDIUM[:1])
+    medium = MEDIUM_PATTERNS[settings['medium']] or MEDIUM
+    return CopyConv(channels, SMALL_SERIAL, medium)

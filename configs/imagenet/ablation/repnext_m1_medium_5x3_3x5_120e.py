@@ -1,0 +1,3 @@
+_base_ = '../_base_/ablation.py'
+
+model = dict(network='repnext_m1', arch=dict(medium='7x7+5x3+3x5'))

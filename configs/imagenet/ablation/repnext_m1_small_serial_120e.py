@@ -1,0 +1,3 @@
+_base_ = '../_base_/ablation.py'
+
+model = dict(network='repnext_m1', arch=dict(small='serial'))
