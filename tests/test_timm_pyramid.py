@@ -68,7 +68,7 @@ def test_freezing(name: str, frozen: int) -> None:
     order = [k for k, _ in model.named_parameters()]
     last = max((order.index(k) for k in fixed), default=-1)
     assert fixed == set(order[: last + 1]), 'what is frozen comes before what is not'
-    more = TimmPyramid(name, frozen_stages=frozen + 2)
+    more = TimmPyramid(name, frozen_stages=min(frozen + 2, 4))
     assert sum(not p.requires_grad for p in more.parameters()) > len(fixed)
 
 
@@ -86,13 +86,10 @@ def test_weights_survive_the_runner_and_load_from_a_classifier(tmp_path: Path) -
 
     classifier = timm.create_model('convnext_femto')
     for prefix in ('', 'network.'):
-        path = tmp_path / f'x{prefix}.pth'
-        torch.save(
-            {'state_dict': {prefix + k: v for k, v in classifier.state_dict().items()}}, path
-        )
-        model = TimmPyramid(
-            'convnext_femto', init_cfg=dict(type='Pretrained', checkpoint=str(path))
-        )
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / f'x{prefix}.pth'))
+        state = {prefix + k: v for k, v in classifier.state_dict().items()}
+        torch.save({'state_dict': state}, init_cfg['checkpoint'])
+        model = TimmPyramid('convnext_femto', init_cfg=init_cfg)
         model.init_weights()
         stage = model.network.stages_1.blocks[0].mlp.fc1.weight
         assert torch.equal(stage, classifier.stages[1].blocks[0].mlp.fc1.weight)
