@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,10 +14,10 @@ from rich.console import Console
 from ..engine.errors import UserError, run_tool
 from ..program import program
 from ..text import parse_size
-from . import networks
+from . import accuracy_picture, networks, throughput
 from .environment import summary
 from .rounds import Schedule
-from .tables import Record, show, show_operators, write_json
+from .tables import Record, remarks, show, show_operators, timing_table, write_json
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +37,53 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                 formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             ),
         )
+    add_throughput(commands)
+    add_picture(commands)
     return parser.parse_args(argv)
+
+
+def add_throughput(commands: Any) -> None:
+    title = 'Images per second of fused networks, ours beside any of timm.'
+    command = commands.add_parser(
+        'throughput',
+        help=title,
+        description=title,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add('names', nargs='+', metavar='NAME', help='such as repnext_m1 repvit_m1_1 resnet50')
+    add('--size', default='224', help='side, or HEIGHTxWIDTH, of the images')
+    add('--batch', type=int, help='images of a batch (None: the power of two that is best)')
+    add('--features', action='store_true', help='time the feature maps, not the classifier')
+    add('--device', choices=('cpu', 'cuda'), default='cpu')
+    add('--amp', choices=('bfloat16', 'float16'), help='compute under autocast')
+    add('--compile', action='store_true', help='compile every network')
+    add(
+        '--layouts',
+        nargs='+',
+        choices=throughput.LAYOUTS,
+        default=list(throughput.LAYOUTS),
+        help='memory formats to try; the faster one of a network counts',
+    )
+    add('--threads', type=int, help="threads on the CPU (default: torch's)")
+    add('--rounds', type=int, default=30, help='turns of each network, at most')
+    add('--budget-s', type=float, default=300, help='bound for the time of the turns')
+    add('--json', metavar='FILE', help='write the result; - prints nothing else')
+
+
+def add_picture(commands: Any) -> None:
+    title = 'Draw published accuracy against measured time, from a result of throughput.'
+    command = commands.add_parser(
+        'picture',
+        help=title,
+        description=title,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument('result', type=Path, help='what throughput --json wrote')
+    command.add_argument('--out', type=Path, required=True, help='picture to write')
+    command.add_argument(
+        '--metric', choices=accuracy_picture.METRICS, default='top1', help='upwards'
+    )
 
 
 def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
@@ -83,13 +130,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> None:
+    if args.command == 'picture':
+        print(f'Wrote {accuracy_picture.draw(args.result, args.out, args.metric)}.')
+        return
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f'--threads {args.threads} must be at least 1.')
         torch.set_num_threads(args.threads)
     if args.json not in (None, '-') and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f'--json {args.json}: its folder does not exist; make it first.')
-    result = networks.run(
+    result = images_per_second(args) if args.command == 'throughput' else steps(args)
+    if args.json == '-':
+        print(json.dumps(result))
+        return
+    (show_throughput if args.command == 'throughput' else show_result)(result, console())
+    if args.json:
+        write_json(result, Path(args.json))
+        print(f'Wrote {args.json}.')
+
+
+def images_per_second(args: argparse.Namespace) -> Record:
+    return throughput.run(
+        args.names,
+        throughput.Settings(
+            size=parse_size(args.size),
+            batch=args.batch,
+            device=args.device,
+            amp=args.amp,
+            compile=args.compile,
+            layouts=tuple(args.layouts),
+            features=args.features,
+            schedule=Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s),
+        ),
+        say=None if args.json == '-' else print,
+    )
+
+
+def steps(args: argparse.Namespace) -> Record:
+    return networks.run(
         args.command,
         args.layers if args.command == 'layers' else [args.arch],
         args.variants,
@@ -106,18 +184,42 @@ def measure(args: argparse.Namespace) -> None:
         ),
         say=None if args.json == '-' else print,
     )
-    if args.json == '-':
-        print(json.dumps(result))
-        return
-    show_result(result, console())
-    if args.json:
-        write_json(result, Path(args.json))
-        print(f'Wrote {args.json}.')
 
 
 def console() -> Console:
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)  # a file or a pipe
+
+
+def show_throughput(result: Record, console: Console) -> None:
+    console.print(summary(result['environment']), highlight=False)
+    rows = result['comparison']['rows']
+    columns = [
+        ('variant', [row['variant'] for row in rows]),
+        ('images / s', [f'{row["images_per_s"]:.4g}' for row in rows]),
+        ('ms / image', [f'{row["ms_per_image"]:.4g}' for row in rows]),
+        ('time of an image / reference', [_per_image(row) for row in rows]),
+        ('batch', [str(row['batch']) for row in rows]),
+        ('memory format', [row['layout'] for row in rows]),
+        ('', ['; '.join(remarks(row)[1:]) for row in rows]),
+    ]
+    size = 'x'.join(map(str, result['settings']['size']))
+    what = 'feature maps' if result['settings']['features'] else 'classifiers'
+    console.print(timing_table(columns, f'fused {what}, {size}'))
+    limit = result['comparison']['floor']['limit']
+    console.print(
+        f'Noise floor: a ratio between {1 / limit:.3f} and {limit:.3f} says nothing.',
+        highlight=False,
+    )
+    if not result['load']['headline']:
+        console.print(f'[bold]Not for headlines:[/] {result["load"]["reason"]}.', highlight=False)
+
+
+def _per_image(row: Record) -> str:
+    if row['verdict'] == 'reference':
+        return '1'
+    low, high = row['interval_per_image']
+    return f'{row["ratio_per_image"]:.3f} [{low:.3f}, {high:.3f}]'
 
 
 def show_result(result: Record, console: Console) -> None:
