@@ -7,6 +7,8 @@ import csv
 import math
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -546,3 +548,22 @@ def test_a_class_map_reads_what_it_names(data: Path) -> None:
     for i in (0, len(dataset) - 1):
         assert order[dataset[i]['labels']] == Path(dataset.filename(i)).parent.name
     Image.open(dataset.filename(0)).verify()
+
+
+@pytest.mark.slow
+def test_without_the_frameworks(data: Path, tmp_path: Path) -> None:
+    """torch, mmengine and timm are enough: nothing of mmcv, mmdet or mmseg is imported."""
+    code = (
+        'import sys; sys.modules.update(dict.fromkeys(("mmcv", "mmdet", "mmseg")))\n'
+        'from repnext_mm.engine.cli import train_main; sys.exit(train_main(sys.argv[1:]))'
+    )
+    arguments = ['repnext_m0_shapes', '--epochs', '1', '--work-dir', 'run', *short(data)]
+    done = subprocess.run(
+        [sys.executable, '-c', code, *arguments],
+        cwd=tmp_path,
+        env=tool_runs.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / 'run' / 'epoch_1.pth').is_file()

@@ -20,6 +20,7 @@ from PIL import Image
 from test_classifiers import drawn
 from test_shipped_models import TEST_PAGE, runtime  # noqa: F401  a fixture
 
+from repnext_mm import reparameterize
 from repnext_mm.classification import TimmDataset, tested
 from repnext_mm.datasets import shapes
 from repnext_mm.deploy.cli import deploy_main
@@ -264,3 +265,40 @@ def test_an_artifact_says_what_it_is(shipped: Path) -> None:
         assert artifact.metadata['num_classes'] == 5
         (logits,) = artifact.run(np.zeros((2, 3, 64, 64), np.float32))
         assert logits.shape == (2, 5)
+
+
+@pytest.mark.slow
+def test_fused_weights_with_a_config(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """As of a detector: the test tool reads both."""
+    command = [str(CONFIG), str(checkpoint), '--format', 'pth', '--work-dir', str(tmp_path / 'w')]
+    assert deploy_main(command) == 0
+    weights, config = file(tmp_path / 'w', '.pth'), file(tmp_path / 'w', '.py')
+    options = ['--cfg-options', f'sample_data_root={data}', f'data_root={data / "imagenet"}']
+    fused = tool_runs.succeed_here(evaluate_main, config, weights, *options, cwd=tmp_path)
+    own = tmp_path / 'run.pth'
+    state = torch.load(checkpoint, weights_only=True)['model']
+    torch.save({'state_dict': {f'network.{k}': v for k, v in state.items()}, 'meta': {}}, own)
+    plain = tool_runs.succeed_here(evaluate_main, CONFIG, own, *options, cwd=tmp_path)
+    found = [re.search(r'accuracy/top1: (\S+)', text)[1] for text in (fused, plain)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_published_fused_archive_deploys(checkpoint: Path, tmp_path: Path) -> None:
+    from weight_files import Tree
+
+    model = timm.create_model('repnext_m0', num_classes=5).eval()
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)['model'])
+    fused = reparameterize(model, 'upstream')
+    archive = tmp_path / 'repnext_m0_fused.pt'
+    torch.jit.script(Tree.of({k: v.clone() for k, v in fused.state_dict().items()})).save(archive)
+    assert deploy_main([str(CONFIG), str(archive), '--work-dir', str(tmp_path / 'w')]) == 0
+    session = open_artifact(file(tmp_path / 'w', '.onnx'))
+    image = np.random.default_rng(0).uniform(0, 255, (1, 3, 64, 64)).round().astype(np.float32)
+    (logits,) = session.run(image)
+    own = session.metadata['preprocess']
+    mean, std = (np.array(own[key]).reshape(3, 1, 1) for key in ('mean', 'std'))
+    ready = torch.from_numpy(((image[:, ::-1] - mean) / std).astype(np.float32))
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model(ready).numpy(), atol=1e-3)
+    session.close()

@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from ..classification.tested import is_classifier
 from ..network import Plan, check_plan
 from ..reparam import reparameterize
 from ..runtimes import METADATA_KEY
@@ -92,7 +93,9 @@ def derived_config(cfg: Config, plan: Plan) -> Config:
         ModelError: It builds none of this package's backbones.
     """
     derived = copy.deepcopy(cfg)
-    backbones = list(backbone_configs(derived.model))
+    if is_classifier(cfg):  # its network takes the argument that backbones take
+        derived.model.update(teacher=None, pretrained=False)
+    backbones = [derived.model] if is_classifier(cfg) else list(backbone_configs(derived.model))
     if not backbones:
         raise ModelError(
             f'the model {derived.model.get("type")} has no backbone of this package to fuse.'
