@@ -20,7 +20,7 @@ class UnknownTransform(ValueError):
 
 def is_classifier(cfg: Any) -> bool:
     """Whether the model of a config is a `TimmClassifier`."""
-    kind = cfg.model.get('type')
+    kind = (cfg.get('model') or {}).get('type')
     return (kind if isinstance(kind, str) else getattr(kind, '__name__', '')) == TYPE
 
 
