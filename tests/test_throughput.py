@@ -104,6 +104,10 @@ def test_the_picture(result: Path, tmp_path: Path) -> None:
     [
         (['throughput', 'repnxt_m0'], "there is no network 'repnxt_m0'"),
         (['throughput', 'repnext_m0', '--batch', '0'], 'batch=0 must be at least 1'),
+        (
+            ['throughput', 'efficientformerv2_s0', '--size', '64', '--features'],
+            'efficientformerv2_s0 cannot compute 64x64',
+        ),
         (['throughput', 'repnext_m0', '--threads', '0'], '--threads 0 must be at least 1'),
         (['picture', 'none.json', '--out', 'x.png'], 'none.json is no result of benchmark'),
     ],

@@ -119,7 +119,8 @@ def _tensors(outputs: Any) -> list[Tensor]:
 class Trial:
     """A network that is ready to run in one memory format."""
 
-    def __init__(self, model: nn.Module, layout: str, settings: Settings) -> None:
+    def __init__(self, name: str, model: nn.Module, layout: str, settings: Settings) -> None:
+        self.name = name
         self.settings = settings
         self.layout = layout
         self.format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
@@ -153,9 +154,15 @@ class Trial:
                 self.run()
                 self.synchronize()
                 times.append(time.perf_counter() - start)
-        except (torch.cuda.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache()
-            return math.inf
+        except (RuntimeError, MemoryError, AssertionError) as error:
+            text = ' '.join(str(error).split())
+            lacks = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+            if lacks or 'allocate memory' in text:
+                torch.cuda.empty_cache()
+                return math.inf
+            # Some of timm's networks compute one size only.
+            size = 'x'.join(map(str, self.settings.size))
+            raise ValueError(f'{self.name} cannot compute {size} ({text[:120]}).') from error
         return min(times) / batch
 
     def best_batch(self) -> tuple[int, float]:
@@ -207,7 +214,7 @@ def run(
         model = build(name, settings.features)
         found = []
         for layout in settings.layouts:
-            trial = Trial(model, layout, settings)
+            trial = Trial(name, model, layout, settings)
             batch, seconds = trial.best_batch()
             found.append((seconds, batch, trial))
         seconds, batches[name], trials[name] = min(found, key=lambda item: item[0])
