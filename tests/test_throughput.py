@@ -96,6 +96,9 @@ def test_the_picture(result: Path, tmp_path: Path) -> None:
     assert set(points) == {'repnext_m0', 'repvit_m0_9'}, 'no figure of resnet18 is known'
     assert points['repnext_m0'][1] == 74.2 and points['repvit_m0_9'][1] == 78.7
     assert accuracy_picture.accuracy('repnext_m4', 'box_AP') == 42.9
+    assert accuracy_picture.accuracy('repnext_m0e', 'top1') is None, 'of another recipe'
+    assert accuracy_picture.accuracy('repnext_m0e', 'top1_starnet') == 75.6
+    assert accuracy_picture.accuracy('repnext_m0', 'top1_starnet') == 75.4
     assert accuracy_picture.accuracy('repvit_m1_5', 'box_AP') == 41.6
 
 

@@ -13,10 +13,21 @@ from .tables import Record
 
 #: What a picture may have upwards: columns of the published figures, best first.
 METRICS: dict[str, tuple[str, Sequence[str]]] = {
-    'top1': ('top-1 (%), published', ('top1_distilled', 'top1_starnet_distilled', 'top1')),
+    # Recipes are not mixed: the E forms were published under StarNet's alone.
+    'top1': ('top-1 (%), published', ('top1_distilled', 'top1')),
+    'top1_starnet': ("top-1 (%), StarNet's recipe, published", ('top1_starnet_distilled',)),
     'box_AP': ('box AP, Mask R-CNN 1x, published', ('box_AP',)),
 }
-COLORS = {'repnext': '#c0392b', 'recnext': '#2471a3', 'inception': '#7d3c98'}
+#: A color and a marker for each family that is drawn often; others take what is left.
+STYLES = {
+    'repnext': ('#c0392b', 'o'),
+    'recnext_m': ('#1f5f99', 's'),
+    'recnext_a': ('#1a9988', 'D'),
+    'recnext_l': ('#6c8ebf', '^'),
+    'inception_next': ('#7d3c98', 'v'),
+    'repvit': ('#e08e0b', 'P'),
+}
+OTHERS = ('#555555', '#8c6d31', '#2e8b57', '#b565a7', '#808000')
 
 
 def accuracy(name: str, metric: str) -> float | None:
@@ -62,14 +73,26 @@ def draw(source: Path, out_file: Path, metric: str) -> Path:
     families: dict[str, list[str]] = {}
     for name in named:
         families.setdefault(_family(name), []).append(name)
+    others = iter(OTHERS * len(families))
     for number, (family, members) in enumerate(sorted(families.items())):
         members.sort(key=lambda name: named[name])
-        color = COLORS.get(family.split('_')[0], f'C{number % 10}')
+        color, marker = STYLES.get(family) or (next(others), 'X')
         xs, ys = zip(*(named[name] for name in members), strict=True)
-        axes.plot(xs, ys, marker='o', color=color, label=family.replace('_', ' '))
+        axes.plot(xs, ys, marker=marker, color=color, label=family.replace('_', ' '))
+        # Above for one family and below for the next, as neighbors are near each other.
+        offset, side = ((0, 6), 'bottom') if number % 2 else ((0, -7), 'top')
         for name in members:
-            short = name.removeprefix(f'{family}_') or name
-            axes.annotate(short, named[name], (5, 4), textcoords='offset points', fontsize=7)
+            axes.annotate(
+                name.removeprefix(f'{_stem(family)}_') or name,
+                named[name],
+                offset,
+                textcoords='offset points',
+                fontsize=7,
+                color=color,
+                horizontalalignment='center',
+                verticalalignment=side,
+            )
+    axes.margins(0.07)
     settings, environment = result['settings'], result['environment']
     size = 'x'.join(map(str, settings['size']))
     axes.set(xlabel=f'ms per image, measured at {size}', ylabel=METRICS[metric][0])
@@ -91,9 +114,15 @@ def _family(name: str) -> str:
     return head.partition('_m')[0] if head.startswith('repvit') else head or tail
 
 
+def _stem(family: str) -> str:
+    """What the names of a family's variants begin with."""
+    return 'recnext' if family.startswith('recnext') else family
+
+
 def _machine(environment: Record, settings: Record) -> str:
     versions = environment['versions']
     gpu = (environment.get('gpu') or {}).get('name', '')
     device = gpu if settings['device'] == 'cuda' else environment['cpu']
-    parts = [str(device), f'{environment["threads"]} threads', f'torch {versions["torch"]}']
+    threads = environment['threads']
+    parts = [str(device), f'{threads} thread{"s" * (threads != 1)}', f'torch {versions["torch"]}']
     return ', '.join([*parts, settings['amp'] or 'float32', *['compiled'] * settings['compile']])
