@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -387,6 +388,7 @@ def test_train_and_test(data: Path, tmp_path: Path) -> None:
     )
     value = line.split('accuracy/top1: ')[1].split()[0]
     assert f'accuracy/top1: {value}' in tested, 'training evaluates the raw weights too'
+    assert re.search(r'^Wrote \S+\.json; next: .*deploy.* run/epoch_2.pth$', tested, re.MULTILINE)
 
 
 def test_a_checkpoint_is_a_backbone(data: Path, tmp_path: Path) -> None:

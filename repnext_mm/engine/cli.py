@@ -363,6 +363,10 @@ def _test_in_folder(
 
     arguments = [_shown(dumped_config(runner)), _shown(checkpoint.path)]  # an address is fetched
     results = _shown(Path(runner.log_dir, f'{runner.timestamp}.json'))
+    if 'visualization' not in (cfg.get('default_hooks') or {}):  # of a classifier
+        following = f'; next: {command("deploy")} {" ".join(arguments)}' if not args.model else '.'
+        _say(f'Wrote {results}{following}')
+        return
     if args.show_dir:
         wrote, following = f'{results} and pictures under {_shown(args.show_dir)}.', 'Again'
     else:

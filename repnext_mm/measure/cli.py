@@ -28,28 +28,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest='command', required=True)
     for name, function in networks.COMMANDS.items():
         title = str(function.__doc__)
-        add_arguments(
-            name,
-            commands.add_parser(
-                name,
-                help=title,
-                description=title,
-                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            ),
-        )
+        add_arguments(name, _command(commands, name, title))
     add_throughput(commands)
     add_picture(commands)
     return parser.parse_args(argv)
 
 
+def _command(commands: Any, name: str, title: str) -> argparse.ArgumentParser:
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    return commands.add_parser(name, help=title, description=title, formatter_class=defaults)
+
+
 def add_throughput(commands: Any) -> None:
     title = 'Images per second of fused networks, ours beside any of timm.'
-    command = commands.add_parser(
-        'throughput',
-        help=title,
-        description=title,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    command = _command(commands, 'throughput', title)
     add = command.add_argument
     add('names', nargs='+', metavar='NAME', help='such as repnext_m1 repvit_m1_1 resnet50')
     add('--size', default='224', help='side, or HEIGHTxWIDTH, of the images')
@@ -73,12 +65,7 @@ def add_throughput(commands: Any) -> None:
 
 def add_picture(commands: Any) -> None:
     title = 'Draw published accuracy against measured time, from a result of throughput.'
-    command = commands.add_parser(
-        'picture',
-        help=title,
-        description=title,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    command = _command(commands, 'picture', title)
     command.add_argument('result', type=Path, help='what throughput --json wrote')
     command.add_argument('--out', type=Path, required=True, help='picture to write')
     command.add_argument(
