@@ -49,6 +49,7 @@ def preprocessing(crop_pct: float = 0.875, **settings: Any) -> dict[str, Any]:
         first_conv=FIRST_CONV,
         classifier=LINEARS,
         license='apache-2.0',
+        custom_load=True,  # by `Classifier.load_pretrained`
         **settings,
     )
 
@@ -82,6 +83,9 @@ def pretrained_cfgs(name: str) -> dict[str, dict[str, Any]]:
 def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The classifier `name`, such as repnext_m1, as `timm.create_model` builds it."""
     family, _, arch = name.partition('_')
+    overlay = kwargs.get('pretrained_cfg_overlay')
+    if overlay and 'file' in overlay:  # timm would read it, and prefer the averages in it
+        kwargs['pretrained_cfg_overlay'] = {'custom_load': True, **overlay}
     return build_model_with_cfg(
         _Build(family, arch),
         registered_name(name),

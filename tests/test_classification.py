@@ -538,6 +538,27 @@ def test_a_broken_image_stops_before_the_run(data: Path, tmp_path: Path) -> None
     assert f'broken, the first is ring/{victim.name}' in said and 'truncated' in said
 
 
+@pytest.mark.parametrize('spoil', ['class', 'image', 'archive'])
+def test_tar_files_are_checked_as_folders_are(spoil: str, data: Path, tmp_path: Path) -> None:
+    own = drawn(data, tmp_path) / 'imagenet'
+    said = {
+        'class': 'which differ (only train: ring)',
+        'image': 'are broken',
+        'archive': 'tar file',
+    }
+    if spoil == 'class':
+        shutil.rmtree(own / 'val' / 'ring')
+    if spoil == 'image':
+        sorted((own / 'val' / 'ring').iterdir())[0].write_bytes(b'no image')
+    for split in ('train', 'val'):
+        with tarfile.open(own / f'{split}.tar', 'w') as archive:
+            archive.add(own / split, arcname='.')
+        shutil.rmtree(own / split)
+    if spoil == 'archive':
+        (own / 'val.tar').write_bytes(b'no archive' * 100)
+    assert said[spoil] in check(own.parent, tmp_path, *NO_CLASSES)
+
+
 def test_a_class_map_reads_what_it_names(data: Path) -> None:
     """Labels are the place in metainfo, whatever the folders' own order is."""
     order = shapes.THINGS[::-1]

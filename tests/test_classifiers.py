@@ -1,7 +1,10 @@
 """The classifiers under timm's names, by the checks that timm's own suite makes of every model."""
 
 import copy
+import functools
 import re
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -214,6 +217,58 @@ def test_weights_fit_the_backbone_and_come_with_their_heads(tmp_path: Path) -> N
     assert 'fused on loading' in str(load_pretrained(deployed, tmp_path / 'a.pth'))
     with torch.no_grad():
         torch.testing.assert_close(deployed(image), model(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['model.pth', 'state_dict.pth.tar', 'bare.safetensors'])
+def test_every_kind_of_file_comes_with_its_heads(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = drawn('recnext_m0', num_classes=6)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    path = tmp_path / kind
+    if path.suffix == '.safetensors':
+        save_file(state, path)
+    else:
+        other = {key: value + 1 for key, value in state.items()}
+        torch.save({kind.partition('.')[0]: state, 'model_ema': other, 'epoch': 3}, path)
+    report = load_pretrained(loaded := timm.create_model('recnext_m0', num_classes=6), path)
+    assert report.complete and not report.match.ignored
+    by_timm = timm.create_model(
+        'recnext_m0',
+        pretrained=True,
+        num_classes=6,
+        pretrained_cfg_overlay=dict(file=str(path), num_classes=6),
+    )
+    for key, value in state.items():
+        assert torch.equal(loaded.state_dict()[key], value)
+        assert torch.equal(by_timm.state_dict()[key], value), 'the raw weights, by timm too'
+
+
+def test_pretrained_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a server on loopback in the place of the release page."""
+    model = drawn('repnext_m0')
+    published = tmp_path / 'served' / 'repnext_m0_distill_300e.pth'
+    published.parent.mkdir()
+    averages = {key: value + 1 for key, value in model.state_dict().items()}
+    torch.save({'model': model.state_dict(), 'model_ema': averages}, published)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=published.parent)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f'http://127.0.0.1:{server.server_port}/{published.name}'
+        fetched = timm.create_model(
+            'repnext_m0', pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(url=url)
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    for key, value in model.state_dict().items():
+        if not key.startswith('head.'):
+            assert torch.equal(fetched.state_dict()[key], value)
+    norm = 'head.head.norm.running_mean'
+    assert torch.equal(fetched.state_dict()[norm], model.state_dict()[norm])
+    assert fetched.head.head.linear.out_features == 3
 
 
 def test_the_published_fused_archive_comes_with_its_head(tmp_path: Path) -> None:

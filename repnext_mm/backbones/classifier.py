@@ -6,12 +6,17 @@ output (RepViT's design: arXiv 2307.09283, section 3.4).
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from timm.models import adapt_input_conv
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checkpoints.loading import load_pretrained
+from ..checkpoints.reading import read_weights
 from ..layers.blocks import Stage
 from ..layers.execution import set_execution
 from ..network import Plan
@@ -156,6 +161,24 @@ class Classifier(PyramidBackbone):
         )
 
     # --- timm's interface
+
+    def load_pretrained(self, checkpoint_path: str) -> None:
+        """Load a file that timm has fetched, or was given, by this package's reader.
+
+        timm's own would prefer the averages in a checkpoint of the published scripts. New heads
+        stay as they are where the number of classes differs, and the first convolution takes the
+        weights of an image with other channels as timm does it.
+
+        Raises:
+            CheckpointError: It cannot be read, or does not fit.
+        """
+        weights = read_weights(Path(checkpoint_path))
+        key = f'{FIRST_CONV}.weight'
+        first = weights.tensors.get(key)
+        if first is not None and first.shape[1] != self.in_chans:
+            adapted = adapt_input_conv(self.in_chans, first)
+            weights = replace(weights, tensors=weights.tensors | {key: adapted})
+        load_pretrained(self, weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`(N, in_chans, H, W)` to the last stage's `(N, C, h, w)`."""
