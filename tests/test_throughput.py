@@ -87,6 +87,22 @@ def test_the_batch(
 
 
 @pytest.mark.slow
+def test_with_and_without_amp_and_compile(tmp_path: Path) -> None:
+    """In turns: rows of one comparison."""
+    path = tmp_path / 'x.json'
+    command = ['throughput', 'resnet18', '--size', '32', '--batch', '2', '--rounds', '2']
+    more = ['--amp', 'bfloat16', '--compile', '--layouts', 'contiguous', '--json', str(path)]
+    assert main([*command, *more]) == 0
+    rows = json.loads(path.read_text())['comparison']['rows']
+    assert [row['variant'] for row in rows] == [
+        'resnet18',
+        'resnet18/compile',
+        'resnet18/bfloat16',
+        'resnet18/bfloat16/compile',
+    ]
+
+
+@pytest.mark.slow
 def test_the_picture(result: Path, tmp_path: Path) -> None:
     out = tmp_path / 'x.png'
     assert main(['picture', str(result), '--out', str(out)]) == 0

@@ -43,6 +43,8 @@ def points(result: Record, metric: str) -> dict[str, tuple[float, float]]:
     """Milliseconds per image and accuracy of every network that has a figure."""
     found = {}
     for row in result['comparison']['rows']:
+        if '/' in row['variant']:  # a second way of computing a network
+            continue
         value = accuracy(row['variant'].partition('.')[0], metric)
         if value is not None:
             found[row['variant']] = (row['ms_per_image'], value)
@@ -125,4 +127,4 @@ def _machine(environment: Record, settings: Record) -> str:
     device = gpu if settings['device'] == 'cuda' else environment['cpu']
     threads = environment['threads']
     parts = [str(device), f'{threads} thread{"s" * (threads != 1)}', f'torch {versions["torch"]}']
-    return ', '.join([*parts, settings['amp'] or 'float32', *['compiled'] * settings['compile']])
+    return ', '.join([*parts, 'float32'])

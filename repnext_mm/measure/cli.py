@@ -48,8 +48,8 @@ def add_throughput(commands: Any) -> None:
     add('--batch', type=int, help='images of a batch (None: the power of two that is best)')
     add('--features', action='store_true', help='time the feature maps, not the classifier')
     add('--device', choices=('cpu', 'cuda'), default='cpu')
-    add('--amp', choices=('bfloat16', 'float16'), help='compute under autocast')
-    add('--compile', action='store_true', help='compile every network')
+    add('--amp', choices=('bfloat16', 'float16'), help='time under autocast too')
+    add('--compile', action='store_true', help='time every network compiled too')
     add(
         '--layouts',
         nargs='+',

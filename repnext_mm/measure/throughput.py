@@ -43,8 +43,8 @@ class Settings:
         size: Height and width of the images.
         batch: Images of a batch; None for the best.
         device: 'cpu' or 'cuda'.
-        amp: None, or the dtype of autocast.
-        compile: Whether networks are compiled.
+        amp: The dtype of autocast that every network is timed under too; None for none.
+        compile: Whether every network is timed compiled too.
         layouts: Memory formats to try; the faster one counts.
         features: Time the four feature maps in place of the classifier.
         schedule: How long to measure.
@@ -65,10 +65,30 @@ class Settings:
         if self.device == 'cuda' and not torch.cuda.is_available():
             raise ValueError('device=cuda is asked for, but torch sees no GPU; use cpu.')
 
-    def autocast(self) -> AbstractContextManager:
+    def ways(self) -> Iterator[Way]:
+        """How each network is computed, the plain way first."""
+        for amp in dict.fromkeys((None, self.amp)):
+            for compiled in dict.fromkeys((False, self.compile)):
+                yield Way(amp, compiled)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Under autocast to `amp` or not, compiled or eager."""
+
+    amp: str | None = None
+    compiled: bool = False
+
+    def autocast(self, device: str) -> AbstractContextManager:
+        """The context to compute in."""
         if self.amp is None:
             return nullcontext()
-        return torch.autocast(self.device, getattr(torch, self.amp))
+        return torch.autocast(device, getattr(torch, self.amp))
+
+    def label(self, name: str) -> str:
+        """A network computed this way, such as `repnext_m1/bfloat16/compile`."""
+        parts = [name, *([self.amp] if self.amp else []), *(['compile'] if self.compiled else [])]
+        return '/'.join(parts)
 
 
 def build(name: str, features: bool = False) -> nn.Module:
@@ -119,14 +139,17 @@ def _tensors(outputs: Any) -> list[Tensor]:
 class Trial:
     """A network that is ready to run in one memory format."""
 
-    def __init__(self, name: str, model: nn.Module, layout: str, settings: Settings) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, layout: str, way: Way, settings: Settings
+    ) -> None:
         self.name = name
+        self.way = way
         self.settings = settings
         self.layout = layout
         self.format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
         self.model = copy.deepcopy(model).to(settings.device).to(memory_format=self.format)
         self.call: Callable[[Tensor], Any] = self.model
-        if settings.compile:
+        if way.compiled:
             self.call = torch.compile(self.model)
         self.image = torch.empty(0)
         self.synchronize = torch.cuda.synchronize if settings.device == 'cuda' else lambda: None
@@ -139,7 +162,7 @@ class Trial:
     @torch.no_grad()
     def run(self) -> None:
         """Compute one batch."""
-        with self.settings.autocast():
+        with self.way.autocast(self.settings.device):
             self.call(self.image)
 
     def seconds(self, batch: int) -> float:
@@ -212,15 +235,17 @@ def run(
         if say:
             say(f'preparing {name}')
         model = build(name, settings.features)
-        found = []
-        for layout in settings.layouts:
-            trial = Trial(name, model, layout, settings)
-            batch, seconds = trial.best_batch()
-            found.append((seconds, batch, trial))
-        seconds, batches[name], trials[name] = min(found, key=lambda item: item[0])
-        if seconds == math.inf:
-            raise ValueError(f'{name} does not fit into memory at batch {batches[name]}.')
-        trials[name].prepare(batches[name])
+        for way in settings.ways():
+            label = way.label(name)
+            found = []
+            for layout in settings.layouts:
+                trial = Trial(name, model, layout, way, settings)
+                batch, seconds = trial.best_batch()
+                found.append((seconds, batch, trial))
+            seconds, batches[label], trials[label] = min(found, key=lambda item: item[0])
+            if seconds == math.inf:
+                raise ValueError(f'{label} does not fit into memory at batch {batches[label]}.')
+            trials[label].prepare(batches[label])
     reference = next(iter(trials))
     runners = {n: CallRunner(t.run, t.synchronize) for n, t in trials.items()}
     twin = CallRunner(trials[reference].run, trials[reference].synchronize)
