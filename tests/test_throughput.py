@@ -90,15 +90,15 @@ def test_the_batch(
 def test_with_and_without_amp_and_compile(tmp_path: Path) -> None:
     """In turns: rows of one comparison."""
     path = tmp_path / 'x.json'
-    command = ['throughput', 'resnet18', '--size', '32', '--batch', '2', '--rounds', '2']
-    more = ['--amp', 'bfloat16', '--compile', '--layouts', 'contiguous', '--json', str(path)]
-    assert main([*command, *more]) == 0
+    command = ['throughput', 'test_resnet', '--size', '32', '--batch', '2', '--rounds', '2']
+    more = ['--amp', 'bfloat16', '--compile', '--layouts', 'contiguous', '--budget-s', '5']
+    assert main([*command, *more, '--json', str(path)]) == 0
     rows = json.loads(path.read_text())['comparison']['rows']
     assert [row['variant'] for row in rows] == [
-        'resnet18',
-        'resnet18/compile',
-        'resnet18/bfloat16',
-        'resnet18/bfloat16/compile',
+        'test_resnet',
+        'test_resnet/compile',
+        'test_resnet/bfloat16',
+        'test_resnet/bfloat16/compile',
     ]
 
 
