@@ -268,6 +268,16 @@ def test_an_artifact_says_what_it_is(shipped: Path) -> None:
 
 
 @pytest.mark.slow
+def test_times_beside_the_model_itself(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(CONFIG), str(checkpoint), '--work-dir', str(tmp_path / 'w'), '--bench']
+    assert deploy_main([*command, '--rounds', '2', '--budget-s', '5']) == 0
+    output = capsys.readouterr().out
+    assert 'mm predict, fused' in output and 'onnx fp32, with pixels' in output
+
+
+@pytest.mark.slow
 def test_fused_weights_with_a_config(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     """As of a detector: the test tool reads both."""
     command = [str(CONFIG), str(checkpoint), '--format', 'pth', '--work-dir', str(tmp_path / 'w')]

@@ -121,7 +121,7 @@ def test_the_picture(result: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     'arguments, said',
     [
-        (['throughput', 'repnxt_m0'], "there is no network 'repnxt_m0'"),
+        (['throughput', 'repnxt_m0'], "timm has no model 'repnxt_m0'; did you mean repnext_m0?"),
         (['throughput', 'repnext_m0', '--batch', '0'], 'batch=0 must be at least 1'),
         (
             ['throughput', 'efficientformerv2_s0', '--size', '64', '--features'],

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints import CheckpointError, fetch, read_weights
-from ..text import closest
+from .timm_names import require_timm_name
 
 #: Where in a checkpoint the network is: of timm, of a classifier, of a detector or segmentor.
 PREFIXES = ('', 'network.', 'backbone.network.', 'module.', 'model.')
@@ -60,11 +60,7 @@ class TimmPyramid(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(init_cfg)
-        name = model_name.partition('.')[0]
-        if not timm.is_model(name):
-            close = closest(name, {known: known for known in timm.list_models()})
-            hint = f'; did you mean {close}?' if close else ''
-            raise ValueError(f'timm has no model {model_name!r}{hint}')
+        require_timm_name(model_name)
         self.model_name = model_name
         levels = _levels(model_name, kwargs)
         chosen = tuple(range(len(levels)))[-4:] if out_indices is None else tuple(out_indices)

@@ -15,7 +15,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from .. import timm as own_names  # noqa: F401  registers our networks
-from ..text import closest
+from ..backbones.timm_names import require_timm_name
 
 #: How a teacher is followed: by the class it chooses, or by all of its probabilities.
 DISTILLATIONS = ('hard', 'soft')
@@ -162,11 +162,5 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: timm has none of this name.
     """
-    bare = name.partition('.')[0]
-    if not timm.is_model(bare) and not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
-        close = closest(bare, {known: known for known in timm.list_models()})
-        hint = f'; did you mean {close}?' if close else ''
-        raise ValueError(
-            f'timm has no model {name!r}{hint or "; timm.list_models() lists those it has."}'
-        )
+    require_timm_name(name)
     return timm.create_model(name, **kwargs)

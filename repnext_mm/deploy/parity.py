@@ -503,12 +503,14 @@ def _detected(model: Any, x: Tensor, sizes: Tensor) -> list[dict[str, np.ndarray
 def predict_as_mm(
     model: Any, preprocess: Preprocess | None, inputs: Mapping[str, np.ndarray]
 ) -> Any:
-    """mm's own predict for the inputs of a file, its normalization included."""
+    """The trained model's own predict for the inputs of a file, its normalization included."""
     image = torch.from_numpy(inputs[INPUT])
     sizes = torch.from_numpy(inputs[IMAGE_SIZE]) if IMAGE_SIZE in inputs else None
     x = preprocess.apply(image, sizes) if preprocess else image
     if sizes is not None:
         return _detected(model, x, sizes)
+    if OUT_SIZE not in inputs:  # a classifier
+        return model(x)
     return _segmented(model, x, tuple(int(side) for side in inputs[OUT_SIZE])).argmax(1)
 
 

@@ -713,7 +713,9 @@ class Export:
     def _model_record(self) -> ModelRecord:
         source, size = self.source, self.sizes[0]
         fused = next(iter(self.fused.values()))
-        counted: Any = fused if not self.complete else _Features(fused)
+        counted: Any = _Features(fused) if self.complete else fused
+        if isinstance(fused, TimmClassifier):  # its heads are of a fixed cost
+            counted = fused.network
         return ModelRecord(
             name=source.name,
             task=self.target.task,

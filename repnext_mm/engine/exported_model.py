@@ -80,15 +80,19 @@ class ExportedModel(BaseModel):
         Raises:
             ArtifactError: In training, without samples, or where an image does not fit.
         """
-        if mode != 'predict' or data_samples is None:
-            raise ArtifactError(
-                f'{self.artifact.path} is an exported file, which predicts and cannot be trained.'
-            )
+        self._require_prediction(mode, data_samples)
+        assert data_samples is not None
         images = inputs.detach().float().cpu().numpy()
         for image, sample in zip(images, data_samples):
             result = self._predict(image, sample.metainfo)
             _note(sample, result)
         return data_samples
+
+    def _require_prediction(self, mode: str, given: Any) -> None:
+        if mode != 'predict' or given is None:
+            raise ArtifactError(
+                f'{self.artifact.path} is an exported file, which predicts and cannot be trained.'
+            )
 
     def _predict(self, image: np.ndarray, meta: dict[str, Any]) -> dict[str, np.ndarray]:
         inside, original = tuple(meta['img_shape'][:2]), tuple(meta['ori_shape'][:2])
@@ -144,10 +148,8 @@ class ExportedClassifier(ExportedModel):
         Raises:
             ArtifactError: In training, without labels, or where an image does not fit.
         """
-        if mode != 'predict' or labels is None:
-            raise ArtifactError(
-                f'{self.artifact.path} is an exported file, which predicts and cannot be trained.'
-            )
+        self._require_prediction(mode, labels)
+        assert labels is not None
         if own := self.artifact.metadata.get('preprocess'):
             mean, std = (inputs.new_tensor(own[key]).view(-1, 1, 1) for key in ('mean', 'std'))
             inputs = (inputs * std + mean).round()  # the pixels that they were made of

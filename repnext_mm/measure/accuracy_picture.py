@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError
-from ..files import read_json, replacing
+from ..files import read_json
 from ..published_results import published, published_results
+from ..visualization.curves import save_figure
 from .tables import Record
 
 #: What a picture may have upwards: columns of the published figures, best first.
@@ -101,10 +102,7 @@ def draw(source: Path, out_file: Path, metric: str) -> Path:
     axes.set_title(_machine(environment, settings), fontsize='small')
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize='small')
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out_file) as temporary:
-        figure.savefig(temporary, dpi=120, format=out_file.suffix[1:] or 'png')
-    return out_file
+    return save_figure(figure, out_file)
 
 
 def _family(name: str) -> str:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..network import Network
 from ..reparam import reparameterize
 from ..reparam.convolution_norms import fold_convolution_norms
-from ..text import closest
 from .environment import LoadWatch, describe
 from .rounds import CallRunner, Deadline, Schedule, compare
 from .tables import Record, record
@@ -103,12 +102,10 @@ def build(name: str, features: bool = False) -> nn.Module:
     import timm
     from timm.models import reparameterize_model
 
-    from .. import timm as own  # registers ours
+    from .. import timm as own  # noqa: F401  registers ours
+    from ..backbones.timm_names import require_timm_name
 
-    if not timm.is_model(name.partition('.')[0]):
-        close = closest(name, {known: known for known in (*own.names(), *timm.list_models())})
-        hint = f'; did you mean {close}?' if close else ''
-        raise ValueError(f'there is no network {name!r}, neither here nor in timm{hint}')
+    require_timm_name(name)
     torch.manual_seed(0)
     options: dict[str, Any] = {}
     if features:
