@@ -9,23 +9,19 @@ StarNet's, of the E forms and of some files of M0 to M2, has crop_pct 0.9.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from .backbones.classifier import CLASSIFIERS, FIRST_CONV, LINEARS, Classifier
 from .checkpoints.published import PUBLISHED, Published
 
 #: Before a name that timm has taken.
 PREFIX = 'repnext_mm_'
-#: Containers in published files, first match wins. The published accuracy is that of the raw
-#: weights; a training checkpoint has averaged ones beside them, under 'model_ema'.
-CONTAINERS = ('state_dict', 'model')
 #: What the published files' names end with, the tag of their recipe, and its crop.
 RECIPES = (
     ('.dist_300e_in1k', 'dist_300e_in1k', 0.875),
@@ -54,12 +50,6 @@ def preprocessing(crop_pct: float = 0.875, **settings: Any) -> dict[str, Any]:
     )
 
 
-def published_state(state: dict[str, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The weights in what a published file holds, under this package's keys."""
-    inner = next((state[name] for name in CONTAINERS if isinstance(state.get(name), dict)), state)
-    return {re.sub(r'^module\.', '', key): value for key, value in inner.items()}
-
-
 def _location(row: Published) -> dict[str, Any]:
     return dict(hf_hub_id=row.repository) if row.repository else dict(url=row.url)
 
@@ -84,13 +74,12 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The classifier `name`, such as repnext_m1, as `timm.create_model` builds it."""
     family, _, arch = name.partition('_')
     overlay = kwargs.get('pretrained_cfg_overlay')
-    if overlay and 'file' in overlay:  # timm would read it, and prefer the averages in it
+    if overlay:  # timm would read a file that it names, and prefer the averages in it
         kwargs['pretrained_cfg_overlay'] = {'custom_load': True, **overlay}
     return build_model_with_cfg(
         _Build(family, arch),
         registered_name(name),
         pretrained,
-        pretrained_filter_fn=published_state,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
         **kwargs,
     )

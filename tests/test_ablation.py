@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import formulas
 import pytest
 import timm
 import torch
@@ -15,7 +16,6 @@ from torch import nn
 
 import repnext_mm.timm  # noqa: F401  registers
 from repnext_mm import RecNeXt, RepNeXt, reparameterize
-from repnext_mm.backbones import formulas
 from repnext_mm.backbones.recconv import SharedRecursiveConv
 from repnext_mm.backbones.repnext import ChunkConv
 from repnext_mm.backbones.single_branch import to_single_branch

@@ -136,6 +136,10 @@ def measure(args: argparse.Namespace) -> None:
         print(f'Wrote {args.json}.')
 
 
+def _schedule(args: argparse.Namespace) -> Schedule:
+    return Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s)
+
+
 def images_per_second(args: argparse.Namespace) -> Record:
     return throughput.run(
         args.names,
@@ -147,7 +151,7 @@ def images_per_second(args: argparse.Namespace) -> Record:
             compile=args.compile,
             layouts=tuple(args.layouts),
             features=args.features,
-            schedule=Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s),
+            schedule=_schedule(args),
         ),
         say=None if args.json == '-' else print,
     )
@@ -166,7 +170,7 @@ def steps(args: argparse.Namespace) -> Record:
             norm_eval=getattr(args, 'norm_eval', False),
             channels=getattr(args, 'channels', 64),
             compile=args.compile,
-            schedule=Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s),
+            schedule=_schedule(args),
             profile=args.profile,
         ),
         say=None if args.json == '-' else print,

@@ -1,4 +1,4 @@
-"""The papers' formulas of cost and reach, for tests and for those who change an arch."""
+"""The papers' formulas of cost and reach."""
 
 from __future__ import annotations
 
