@@ -17,8 +17,8 @@ class Method:
     title: str
     task: str
     dataset: str
-    section: str
-    columns: tuple[str, ...]
+    section: str = ''  # of published_results.json; none of ours has published figures without
+    columns: tuple[str, ...] = ()
 
     @property
     def suffix(self) -> str:
@@ -37,6 +37,10 @@ METHODS = {
     'upernet': Method(
         'mIoU, UPerNet', 'Semantic Segmentation', 'ADE20K', 'ade20k_upernet', ('mIoU',)
     ),
+    'faster_rcnn': Method('box AP, Faster R-CNN', 'Object Detection', 'COCO'),
+    'retinanet': Method('box AP, RetinaNet', 'Object Detection', 'COCO'),
+    'rtmdet': Method('box AP, RTMDet', 'Object Detection', 'COCO'),
+    'rtmdet_ins': Method('box / mask AP, RTMDet-Ins', 'Instance Segmentation', 'COCO'),
 }
 
 
@@ -48,7 +52,7 @@ def published_results() -> dict[str, dict[str, Any]]:
 
 def published(section: str, model: str) -> dict[str, float]:
     """Published figures of one model by column; empty where there are none."""
-    rows = published_results()[section]
+    rows = published_results().get(section, {'_columns': ()})
     values = zip(rows['_columns'], rows.get(model, ()), strict=False)
     return {column: value for column, value in values if value is not None}
 

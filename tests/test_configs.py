@@ -31,6 +31,16 @@ EXPECTED = [
     ('mask_rcnn_inception_next_{}_coco', ['tiny']),
     ('semantic_fpn_inception_next_{}_ade20k', ['tiny', 'small', 'base']),
     ('upernet_inception_next_{}_ade20k', ['tiny', 'small', 'base']),
+    *(
+        (f'{head}_{series}_coco', archs)
+        for head in ('faster_rcnn', 'retinanet', 'rtmdet', 'rtmdet_ins')
+        for series, archs in (
+            ('repnext_{}', ['m0', 'm4']),
+            ('recnext_{}', ['a4']),
+            ('recnext_{}', ['s']),
+            ('inception_next_{}', ['tiny']),
+        )
+    ),
 ]
 #: Widths alone set the others apart, and those are compared without computing.
 SMALLEST = [
@@ -68,7 +78,7 @@ def test_config_agrees_with_its_backbone(path: Path) -> None:
     neck = cfg.model.get('neck')
     if neck:
         assert tuple(neck.in_channels) == channels
-        channels = (neck.out_channels,) * neck.num_outs
+        channels = (neck.out_channels,) * neck.get('num_outs', len(strides))
         for width in nodes(cfg.model, 'out_channels'):
             assert width == neck.out_channels
     for name in ('decode_head', 'auxiliary_head'):
@@ -82,16 +92,19 @@ def test_config_agrees_with_its_backbone(path: Path) -> None:
         assert tuple(used) == strides
     for generator in nodes(cfg.model, 'anchor_generator'):
         # FPN's levels beyond the backbone's each halve the one before.
-        extra = range(1, neck.num_outs - len(strides) + 1)
+        extra = range(1, len(channels) - len(strides) + 1)
         assert tuple(generator.strides) == (*strides, *(strides[-1] * 2**k for k in extra))
     for divisor in nodes(cfg.model, 'pad_size_divisor'):
         assert divisor % strides[-1] == 0
-    if path.stem.endswith('_coco'):
+    if path.stem.endswith('_coco') and 'roi_head' not in cfg.model:
+        assert strides == (8, 16, 32)  # of RetinaNet and RTMDet, whatever the backbone has
+    elif path.stem.endswith('_coco'):
         # Anchors from 32 pixels, RoIs of 14 cells and more, whatever the finest stride is.
         (generator,) = nodes(cfg.model, 'anchor_generator')
         assert [scale * strides[0] for scale in generator.scales] == [32]
-        for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
-            assert extractor.finest_scale == 14 * strides[0]
+        extractors = [m for m in model.modules() if hasattr(m, 'finest_scale')]
+        assert len(extractors) == 1 + path.stem.startswith('mask_rcnn')
+        assert {extractor.finest_scale for extractor in extractors} == {14 * strides[0]}
 
     size = 2 * strides[-1]
     with torch.device('meta'):
@@ -113,7 +126,7 @@ def test_config_is_small_and_loads_published_weights_by_name(path: Path) -> None
     if 'shapes' in path.stem:
         assert backbone.get('init_cfg') is None  # from scratch
         return
-    assert len(path.read_text().splitlines()) <= 15
+    assert len(path.read_text().splitlines()) <= 18
     weights = PUBLISHED[backbone.init_cfg.checkpoint]
     assert (weights.family, weights.arch, weights.plan) == (backbone.type, backbone.arch, None)
     assert f'next_{backbone.arch}_' in path.stem
@@ -173,6 +186,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sample_data(tmp_path_factory.mktemp('shapes'))
 
 
+#: By how the name of a config begins.
+LOSSES = {
+    'mask_rcnn': {'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask'},
+    'faster_rcnn': {'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox'},
+    'retinanet': {'loss_cls', 'loss_bbox'},
+    'rtmdet': {'loss_cls', 'loss_bbox'},
+    'rtmdet_ins': {'loss_cls', 'loss_bbox', 'loss_mask'},
+    'semantic_fpn': {'decode.loss_ce'},
+    'upernet': {'decode.loss_ce'},
+}
+
+
 @pytest.mark.compat
 @pytest.mark.parametrize('name', SMALLEST)
 def test_one_loss_and_one_prediction(name: str, root: Path) -> None:
@@ -185,13 +210,15 @@ def test_one_loss_and_one_prediction(name: str, root: Path) -> None:
     if not detects:
         model.data_preprocessor.size = (size, size)  # else it pads to the 512 of the recipe
     losses, results = train_and_predict(model, batch)
-    assert {'loss_mask', 'loss_rpn_cls'} <= set(losses) if detects else 'decode.loss_ce' in losses
+    assert LOSSES[name.partition('_re')[0].partition('_inception')[0]] <= set(losses)
     assert ('aux.loss_ce' in losses) == ('auxiliary_head' in cfg.model)
     for result in results:
         if detects:
             found = result.pred_instances
             assert found.bboxes.shape == (len(found), 4)
-            assert found.masks.shape[1:] == (SAMPLE, SAMPLE)
+            assert ('masks' in found) == ('loss_mask' in losses)
+            if 'masks' in found:
+                assert found.masks.shape[1:] == (SAMPLE, SAMPLE)
         else:
             assert result.pred_sem_seg.data.shape == (1, SAMPLE, SAMPLE)
             assert int(result.pred_sem_seg.data.max()) < 150

@@ -1,0 +1,11 @@
+_base_ = [
+    './_base_/models/retinanet_fpn.py',
+    './_base_/datasets/coco_detection.py',
+    './_base_/schedules/coco_1x_dense.py',
+    './_base_/mmdet_runtime.py',
+]
+pretrained = dict(type='Pretrained', checkpoint='recnext_s_distill_300e')
+model = dict(
+    backbone=dict(type='RecNeXt', arch='s', out_indices=(0, 1, 2), init_cfg=pretrained),
+    neck=dict(in_channels=[128, 256, 384]),
+)

@@ -1,0 +1,18 @@
+_base_ = [
+    './_base_/models/rtmdet.py',
+    './_base_/datasets/coco_rtmdet.py',
+    './_base_/schedules/coco_300e.py',
+    './_base_/mmdet_runtime.py',
+]
+pretrained = dict(type='Pretrained', checkpoint='inception_next_tiny.sail_in1k')
+model = dict(
+    backbone=dict(
+        type='InceptionNeXt',
+        arch='tiny',
+        out_indices=(1, 2, 3),
+        drop_path_rate=0.1,
+        init_cfg=pretrained,
+    ),
+    neck=dict(in_channels=[192, 384, 768], out_channels=192, num_csp_blocks=2),
+    bbox_head=dict(in_channels=192, feat_channels=192),
+)

@@ -1,0 +1,12 @@
+_base_ = [
+    './_base_/models/rtmdet_ins.py',
+    './_base_/datasets/coco_rtmdet_ins.py',
+    './_base_/schedules/coco_300e.py',
+    './_base_/mmdet_runtime.py',
+]
+pretrained = dict(type='Pretrained', checkpoint='recnext_s_distill_300e')
+model = dict(
+    backbone=dict(type='RecNeXt', arch='s', out_indices=(0, 1, 2), init_cfg=pretrained),
+    neck=dict(in_channels=[128, 256, 384], out_channels=192, num_csp_blocks=2),
+    bbox_head=dict(in_channels=192, feat_channels=192),
+)
