@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from .backbones import InceptionNeXt, RecNeXt, RepNeXt
     from .engine.exported_backbone import ExportedBackbone
     from .optimization import optimize
+    from .prediction import Predictor
     from .reparam import prove, reparameterize
 
 __all__ = [
     'ExportedBackbone',
     'InceptionNeXt',
+    'Predictor',
     'RecNeXt',
     'RepNeXt',
     '__version__',
@@ -58,6 +60,7 @@ __getattr__ = lazy_attributes(
     {
         'ExportedBackbone': '.engine.exported_backbone',
         'InceptionNeXt': '.backbones',
+        'Predictor': '.prediction',
         'RecNeXt': '.backbones',
         'RepNeXt': '.backbones',
         'optimize': '.optimization',
@@ -69,11 +72,13 @@ __getattr__ = lazy_attributes(
 for _name in ('InceptionNeXt', 'RecNeXt', 'RepNeXt'):
     register_lazily(MODELS, _name, '.backbones', base=Network)
 register_lazily(MODELS, 'TimmPyramid', '.backbones.timm_pyramid')
+register_lazily(MODELS, 'SeparableConv2d', '.layers.separable')
 register_lazily(MODELS, 'ExportedBackbone', '.engine.exported_backbone')
 register_lazily(MODELS, 'ExportedModel', '.engine.exported_model')
 register_lazily(MODELS, 'ExportedClassifier', '.engine.exported_model')
 register_lazily(HOOKS, 'AtomicCheckpointHook', '.engine.atomic_checkpoint')
 register_lazily(HOOKS, 'CompileBackbone', '.engine.compile')
+register_lazily(HOOKS, 'EpochLines', '.engine.progress')
 register_lazily(OPTIM_WRAPPERS, 'PortableAmpOptimWrapper', '.engine.amp')
 register_lazily(
     MODEL_WRAPPERS,

@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS, DefaultScope
-from mmengine.runner import load_checkpoint
 from torch.utils.data import DataLoader
 
 from .datasets import shapes
@@ -122,6 +119,7 @@ def _demo(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from .visualization import plot_curves, read_scalars
+    from .visualization.trained import draw_pictures, load_trained
 
     task = SEGMENTATION if args.seg else CLASSIFICATION if args.cls else DETECTION
     suffix = '_quick' if args.quick else ''
@@ -139,10 +137,11 @@ def _demo(args: argparse.Namespace) -> None:
         row: {n: metrics.get(prefix + key, 0.0) / task.scale for n, key in task.columns.items()}
         for row, prefix in task.table.items()
     }
-    dataset, model = _load(cfg, checkpoint)
+    dataset, model = load_trained(checkpoint, cfg)
     if args.cls:
         table['fused'] = {task.goal: _top1(reparameterize(model.eval()), dataset)}
-    pictures = _draw(model, dataset, work_dir / 'predictions.png', answers=args.cls)
+    path = work_dir / 'predictions.png'
+    pictures = draw_pictures(model, dataset, path, PICTURED, answers=args.cls)
     curves = plot_curves(work_dir, work_dir / 'curves.png')
 
     _print_table(table)
@@ -176,14 +175,6 @@ def _train(task: Task, data_root: str, work_dir: Path, quick: bool) -> tuple[Pat
     return checkpoint, Config.fromfile(work_dir / task.config)
 
 
-def _load(cfg: Config, checkpoint: Path) -> tuple[Any, BaseModel]:
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        dataset = DATASETS.build(cfg.val_dataloader.dataset)
-        model = MODELS.build(cfg.model)
-    load_checkpoint(model, str(checkpoint), map_location='cpu')
-    return dataset, model.to(get_device())
-
-
 def _top1(model: BaseModel, dataset: Any) -> float:
     """The share of a data set that a classifier gets right."""
     right = 0
@@ -191,18 +182,6 @@ def _top1(model: BaseModel, dataset: Any) -> float:
         with torch.no_grad():
             right += sum(int(logits.argmax() == label) for logits, label in model.test_step(batch))
     return right / len(dataset)
-
-
-def _draw(model: BaseModel, dataset: Any, path: Path, answers: bool) -> Path:
-    """Pictures of what the model predicts: labels of images from all over, or regions."""
-    from .visualization import classify, compare, draw_answers, draw_comparisons
-
-    classes, count = dataset.metainfo['classes'], len(dataset)
-    if answers:
-        shown = range(0, count, -(-count // (4 * PICTURED)))
-        return draw_answers(classify(model, dataset, shown), classes, path, per_row=PICTURED)
-    comparisons = compare(model, dataset, range(min(PICTURED, count)))
-    return draw_comparisons(comparisons, classes, path)
 
 
 def _print_table(table: dict[str, dict[str, float]]) -> None:

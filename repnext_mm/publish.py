@@ -142,7 +142,7 @@ def _model(cfg: Config, weights: Weights) -> tuple[nn.Module, dict[str, Tensor]]
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, DefaultScope
 
-    from .engine.cli import import_framework
+    from .engine.frameworks import import_framework
     from .engine.resume import require_fit
 
     classifies = is_classifier(cfg)

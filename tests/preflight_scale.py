@@ -18,8 +18,8 @@ from mmengine.registry import DefaultScope
 from tool_runs import CONFIGS
 
 from repnext_mm.datasets.shapes import THINGS
-from repnext_mm.engine.cli import import_framework
 from repnext_mm.engine.config_file import load_config
+from repnext_mm.engine.frameworks import import_framework
 from repnext_mm.engine.preflight import check_sources, require
 from repnext_mm.engine.preflight.built import check_dataset
 

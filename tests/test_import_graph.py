@@ -29,9 +29,11 @@ LAYERS = (
     ('backbones',),
     ('optimization', 'runtimes', 'timm'),
     ('datasets', 'classification'),
-    ('engine', 'visualization'),
+    ('engine',),
+    ('visualization',),
     ('measure',),
-    ('deploy',),
+    ('deploy', 'own_data'),
+    ('prediction',),
     ('model_table', 'model_list', 'demo', 'publish'),
     ('__init__',),
 )

@@ -20,8 +20,8 @@ from PIL import Image
 
 from repnext_mm.deploy import web_runtime
 from repnext_mm.deploy.cli import deploy_main
-from repnext_mm.deploy.predict import predict_main
 from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
+from repnext_mm.prediction.command import predict_main
 from repnext_mm.runtimes import ArtifactError, open_artifact, predictor
 from repnext_mm.runtimes.predictor import Model, PredictError
 

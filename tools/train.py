@@ -6,4 +6,4 @@ import sys
 from repnext_mm_cli.early import run
 
 if __name__ == '__main__':
-    sys.exit(run('repnext_mm.engine.cli:train_main'))
+    sys.exit(run('repnext_mm.own_data.command:train_main'))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from timm.data import create_dataset, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
 
@@ -28,6 +29,8 @@ class TimmDataset(Dataset):
         transform: Arguments of `timm.data.create_transform`.
         metainfo: `classes`, the names of the folders in the order of their labels; None for all
             there are, in natural order.
+        ann_file: A list of the images to take, in lines of the path below `root`, a tab, and the
+            name of the class; None takes every image, whose class is its folder.
         **kwargs: Further arguments of `timm.data.create_dataset`.
 
     Attributes:
@@ -35,6 +38,7 @@ class TimmDataset(Dataset):
 
     Raises:
         FileNotFoundError: There is no such folder.
+        ValueError: `ann_file` has a line that cannot be read.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class TimmDataset(Dataset):
         split: str = 'train',
         transform: Mapping[str, Any] | None = None,
         metainfo: Mapping[str, Any] | None = None,
+        ann_file: str | None = None,
         **kwargs: Any,
     ) -> None:
         classes = (metainfo or {}).get('classes')
@@ -52,7 +57,11 @@ class TimmDataset(Dataset):
         if not name and root is not None:
             root = str(find_images(root))
         self.root = root
-        self.data = create_dataset(name, root=root, split=split, **kwargs)
+        if ann_file is not None:
+            kwargs['reader'] = _ListReader(Path(root or '.'), Path(ann_file), classes)
+            self.data = ImageDataset(root, **{k: v for k, v in kwargs.items() if k != 'class_map'})
+        else:
+            self.data = create_dataset(name, root=root, split=split, **kwargs)
         self.data.transform = create_transform(**(transform or {}))
         # timm would return the next image in the place of one that cannot be read.
         self.data._max_retries = 1
@@ -91,6 +100,32 @@ class TimmDataset(Dataset):
     def filename(self, i: int) -> str:
         """Where image `i` is."""
         return self.data.filename(i, absolute=True)
+
+
+class _ListReader(Reader):
+    """timm's reader of images, for those of a list."""
+
+    def __init__(self, root: Path, ann_file: Path, classes: Sequence[str] | None) -> None:
+        rows = [line.split('\t') for line in ann_file.read_text('utf-8').splitlines() if line]
+        if bad := next((row for row in rows if len(row) != 2), None):
+            raise ValueError(f'{ann_file}: {bad} must be a path, a tab, and the name of a class.')
+        names = list(classes or sorted({name for _, name in rows}))
+        if unknown := next((name for _, name in rows if name not in names), None):
+            raise ValueError(f'{ann_file} has the class {unknown!r}, which is none of {names}.')
+        self.class_to_idx = {name: i for i, name in enumerate(names)}
+        self.root = root
+        self.samples = [(path, self.class_to_idx[name]) for path, name in rows]
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, target = self.samples[index]
+        return (self.root / path).open('rb'), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return Path(path).name if basename else str(self.root / path) if absolute else path
 
 
 def find_images(root: str | Path) -> Path:

@@ -286,8 +286,8 @@ def _dataset(
     """The data set of a config to calibrate on, what is done to its images, what loads them."""
     from mmengine.registry import DATASETS, DefaultScope
 
-    from ..engine.cli import import_framework
     from ..engine.config_file import load_config
+    from ..engine.frameworks import import_framework
     from ..engine.preflight import check_sources, require
 
     cfg = load_config(str(path), dict(options), None, 'none')

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..classification.tested import UnknownTransform, is_classifier, tested_step
 from ..engine.stored import registered
 from ..files import write_text
 from ..runtimes import predictor
+from ..visualization.colors import apart
 from .calibration import innermost, tested_on
 from .report import ArtifactRecord
 from .source import Source
@@ -116,14 +116,7 @@ def palette(cfg: Any, count: int) -> list[list[int]]:
     colors = getattr(own, 'METAINFO', {}).get('palette')
     if isinstance(colors, list | tuple) and len(colors) >= count:
         return [[int(value) for value in color] for color in colors[:count]]
-    return list(_apart(count))
-
-
-def _apart(count: int) -> Iterator[list[int]]:
-    for number in range(count):
-        hue = number * 0.618034 % 1  # the golden ratio: any first n are spread
-        value = (0.95, 0.75)[number // 12 % 2]
-        yield [round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.8, value)]
+    return apart(count)
 
 
 def ship(folder: Path, settings: Mapping[str, Any], artifacts: list[ArtifactRecord]) -> None:

@@ -261,7 +261,7 @@ def _load_complete(path: str, weights: Weights, allow_partial: bool) -> Source:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, DefaultScope
 
-    from ..engine.cli import import_framework
+    from ..engine.frameworks import import_framework
     from ..engine.preflight import check_config, require
     from ..engine.preflight.model import check_model
     from ..engine.resume import require_fit

@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from mmengine.runner import Runner
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..checkpoints.runs import passed_on
 from ..network import PLANS
-from ..operators import explain as explain_operators
 from ..program import command, program
 from ..text import printable
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
@@ -31,6 +30,7 @@ from .errors import UserError, is_first, run_tool, sigterm_raises
 from .exported_backbone import introduce, padding_line, put_in_place
 from .exported_model import introduce_file, run_file
 from .finite import SayWhatWasNotMeasured, StopAtNonFiniteLoss
+from .frameworks import import_framework
 from .fused import FuseForTest
 from .literals import literal
 from .preflight import Sources, check_config, check_sources, preflight, require
@@ -46,8 +46,23 @@ from .stored import config_classes
 STARTED = time.strftime('%Y%m%d_%H%M%S')
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training has written: the newest checkpoint, and the best one if that is kept."""
+
+    cfg: Config
+    work_dir: Path
+    last: Path | None
+    best: Path | None
+
+
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `repnext-mm train`; returns the exit code."""
+    """Train what a config says; returns the exit code. See `repnext_mm.own_data` for folders."""
+    return run_command(train, train_parser(), argv)
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The command line of a training."""
     parser = _parser('train', 'Train a detector, a segmentor or a classifier.')
     parser.add_argument(
         '--resume',
@@ -78,7 +93,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
             help=f'train for N {unit} (None: as the config says); warm-up, milestones and ends of '
             'the schedule move along',
         )
-    return _run(_train, parser, argv)
+    return parser
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
@@ -115,14 +130,15 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         action='store_true',
         help='run a file that is code (TorchScript, AOTInductor), which you made',
     )
-    return _run(_test, parser, argv)
+    return run_command(_test, parser, argv)
 
 
-def _run(
-    main: Callable[[argparse.Namespace], None],
+def run_command(
+    main: Callable[[argparse.Namespace], Any],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
 ) -> int:
+    """Parse a command line and run it, with the errors and signals of the tools."""
     args = parser.parse_args(argv)
     local_rank = os.environ.get('SLURM_LOCALID', args.local_rank)
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
@@ -216,7 +232,12 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
 # --- the two tools
 
 
-def _train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> Trained:
+    """Train as the arguments of `train_parser` say.
+
+    Raises:
+        UserError: Something that the user can fix.
+    """
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if line := rescale(cfg, args.epochs, args.iters):
         _say(line)
@@ -240,12 +261,12 @@ def _train(args: argparse.Namespace) -> None:
         elif line := claim_folder(cfg, None if resume == LATEST else resume, stay=resume == LATEST):
             _say(line)
         sources.write(cfg.work_dir, first=int(os.environ['LOCAL_RANK']) == 0)
-        _train_in_folder(cfg, args, resume, sources)
+        return _train_in_folder(cfg, args, resume, sources)
 
 
 def _train_in_folder(
     cfg: Config, args: argparse.Namespace, resume: str | None, sources: Sources
-) -> None:
+) -> Trained:
     checkpoint: RunCheckpoint | None = None
     if resume:
         checkpoint, line = checkpoint_to_resume(cfg, resume)
@@ -273,7 +294,7 @@ def _train_in_folder(
     for warning in schedule_warnings(cfg, _epoch_length(runner)):
         _say(f'warning: {warning}')
     if args.check_only:
-        return
+        return Trained(cfg, Path(cfg.work_dir), None, None)
 
     try:
         with passed_on(checkpoint):
@@ -284,7 +305,8 @@ def _train_in_folder(
             '--cfg-options model.backbone.init_cfg=None'
         ) from error
 
-    saved = next((h.last_ckpt for h in runner.hooks if isinstance(h, CheckpointHook)), None)
+    hook = next((h for h in runner.hooks if isinstance(h, CheckpointHook)), None)
+    saved, best = getattr(hook, 'last_ckpt', None), getattr(hook, 'best_ckpt_path', None)
     dumped = _shown(dumped_config(runner))
     test = f'next: {command("test")} {dumped}'
     if saved:
@@ -299,6 +321,8 @@ def _train_in_folder(
             f'Wrote the log in {_shown(runner.log_dir)}, and no checkpoint; '
             f'again: {command("train")} {dumped}'
         )
+    last, best = (Path(path) if path else None for path in (saved, best))
+    return Trained(cfg, Path(cfg.work_dir), last, best)
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -421,21 +445,6 @@ def _preflight(
 
 def _report(cfg: Config, args: argparse.Namespace) -> Path | None:
     return Path(cfg.work_dir, f'preflight_{STARTED}.json') if args.check_only else None
-
-
-def import_framework(scope: str | None) -> None:
-    """Fill the registries of the framework that the config is written for."""
-    if scope in (None, 'mmengine'):
-        return
-    try:
-        module = import_module(f'{scope}.utils')
-        module.register_all_modules(init_default_scope=False)
-    except (ImportError, AssertionError) as error:
-        reason = explain_operators(error) or ' '.join(str(error).split())
-        raise UserError(
-            f'{scope} cannot be used: {reason.rstrip(".")}; '
-            '`repnext-mm doctor` says what to install.'
-        ) from error
 
 
 def _ensure_sample_data(root: str) -> None:

@@ -251,6 +251,12 @@ def _without_known() -> Iterator[None]:
                 logger.removeFilter(_is_wanted)
 
 
+def mute(on: bool) -> None:
+    """Leave out all that is printed, in the tools, until it is switched off."""
+    if isinstance(sys.stdout, _Screen):
+        sys.stdout.muted = on
+
+
 def announce(text: str) -> None:
     """Print what the tool does from now on, if the next line is not there in a moment."""
     if isinstance(sys.stdout, _Screen):
@@ -287,12 +293,15 @@ class _Screen:
         self._held = ''  # the text of a row, of which it is open whether its line ends there
         self._inside = False  # a line of which the beginning is passed on
         self._timer: threading.Timer | None = None
+        self.muted = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Pass on `text`, but for what is or may become a row."""
+        if self.muted:
+            return len(text)
         for part in re.findall(r'[^\n]*\n|[^\n]+', text):
             self._write(part)
         return len(text)

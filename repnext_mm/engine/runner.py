@@ -67,8 +67,15 @@ class ToolRunner(Runner):
 
     @property
     def dumped_config(self) -> Path:
-        """Where the config is, with all that the command line changed: beside the checkpoints."""
-        return Path(self.work_dir, _config_name(self))
+        """Where the config is, with all that the command line changed: beside the checkpoints.
+
+        A config that is there itself is not replaced: it goes into the log folder.
+        """
+        path = Path(self.work_dir, _config_name(self))
+        given = self.cfg.filename
+        if given and path.exists() and path.samefile(given):
+            return Path(self.log_dir, path.name)
+        return path
 
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine's, and claim a log folder, which mmengine names by the second."""

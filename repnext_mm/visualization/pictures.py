@@ -58,7 +58,11 @@ def compare(
         else:
             found = sample.pred_instances
             found = found[found.scores >= score_thr]
-            sides = (_instance_regions(sample.gt_instances), _instance_regions(found))
+            shape = pixels.shape[:2]
+            sides = (
+                _instance_regions(sample.gt_instances, shape),
+                _instance_regions(found, shape),
+            )
         comparisons.append(Comparison(pixels, *sides))
     return comparisons
 
@@ -68,11 +72,14 @@ def _class_regions(label_map: Any, ignore_index: int = 255) -> list[Region]:
     return [Region(int(i), labels == i) for i in np.unique(labels) if i != ignore_index]
 
 
-def _instance_regions(instances: Any) -> list[Region]:
-    masks = instances.masks
-    masks = masks.cpu().numpy() if isinstance(masks, torch.Tensor) else masks.to_ndarray()
+def _instance_regions(instances: Any, shape: tuple[int, ...]) -> list[Region]:
     boxes = instances.bboxes
     boxes = getattr(boxes, 'tensor', boxes).cpu().numpy()
+    if 'masks' in instances:
+        masks = instances.masks
+        masks = masks.cpu().numpy() if isinstance(masks, torch.Tensor) else masks.to_ndarray()
+    else:
+        masks = np.zeros((len(boxes), *shape), bool)
     scores = instances.scores.tolist() if 'scores' in instances else [None] * len(boxes)
     rows = zip(instances.labels.tolist(), masks.astype(bool), boxes, scores, strict=True)
     return [Region(*row) for row in rows]

@@ -21,10 +21,10 @@ NAME = 'repnext-mm'
 #: Subcommand: what it calls, with the rest of the command line in sys.argv, and its help. What is
 #: called begins with `ArgumentParser.parse_args`, and returns the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
-    'train': ('repnext_mm.engine.cli:train_main', 'train a detector, a segmentor or a classifier'),
+    'train': ('repnext_mm.own_data.command:train_main', 'train on a folder of images, or a config'),
     'test': ('repnext_mm.engine.cli:evaluate_main', 'evaluate a checkpoint'),
     'deploy': ('repnext_mm.deploy.cli:deploy_main', 'fuse, export and prove a model'),
-    'predict': ('repnext_mm.deploy.predict:predict_main', 'run an exported model on images'),
+    'predict': ('repnext_mm.prediction.command:predict_main', 'predict on images and videos'),
     'publish': ('repnext_mm.publish:main', 'write the weights of a run for others'),
     'benchmark': ('repnext_mm.measure.cli:main', 'time training, inference or layers'),
     'models': ('repnext_mm.model_list:main', 'list networks and configs with published figures'),
