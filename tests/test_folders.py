@@ -144,7 +144,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert (folder.kind, folder.classes) == ('classes', ('class 2', 'class 10'))
     assert [e.label for e in folder.splits['val']] == [0, 1]
     shutil.rmtree(tmp_path / 'val' / 'class 2')
-    with pytest.raises(DataError, match="val of .* has no folder for the class 'class 2'"):
+    with pytest.raises(DataError, match=r"val of .* has no folder for the class 'class 2'"):
         read_folder(tmp_path)
 
 
@@ -292,7 +292,7 @@ def test_splits_of_other_classes_are_refused(real: LabeledFolder, tmp_path: Path
     ]
     content['categories'] = [c for c in content['categories'] if c['name'] != 'toaster']
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="have different classes .*only one has 'toaster'"):
+    with pytest.raises(DataError, match=r"have different classes .*only one has 'toaster'"):
         read_folder(tmp_path)
 
 

@@ -34,6 +34,7 @@ LAYERS = (
     ('measure',),
     ('deploy', 'own_data'),
     ('prediction',),
+    ('look',),
     ('model_table', 'model_list', 'demo', 'publish'),
     ('__init__',),
 )

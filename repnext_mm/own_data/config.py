@@ -325,7 +325,7 @@ def _detection_pipelines(plan: Plan) -> tuple[list[Any], list[Any]]:
         cut = dict(recompute_bbox=True, allow_negative_crop=True) if row.masks else {}
         train += [
             {**load, **polygons},
-            {**resize, 'ratio_range': (0.6, 1.5)},
+            {**resize, 'ratio_range': (0.8, 1.25)},
             dict(type='RandomCrop', crop_size=size, **cut),
             *([dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))] if row.masks else []),
             dict(type='YOLOXHSVRandomAug'),

@@ -53,7 +53,7 @@ class Head:
 
 
 HEADS: dict[str, Head] = {
-    'rtmdet': Head('RTMDet', 'mmdet', ('boxes', 'polygons'), 1e-3, 1e-3, 'rtmdet', dense=True),
+    'rtmdet': Head('RTMDet', 'mmdet', ('boxes', 'polygons'), 1e-3, 4e-3, 'rtmdet', dense=True),
     'mask_rcnn': Head(
         'Mask R-CNN', 'mmdet', ('polygons',), 2e-4, 1e-3, 'mask_rcnn_fpn',
         masks=True, monitor='coco/segm_mAP',
@@ -65,7 +65,7 @@ HEADS: dict[str, Head] = {
         'RetinaNet', 'mmdet', ('boxes', 'polygons'), 1e-4, 5e-4, 'retinanet_fpn', dense=True
     ),
     'rtmdet_ins': Head(
-        'RTMDet-Ins', 'mmdet', ('polygons',), 1e-3, 1e-3, 'rtmdet_ins',
+        'RTMDet-Ins', 'mmdet', ('polygons',), 1e-3, 4e-3, 'rtmdet_ins',
         masks=True, dense=True, monitor='coco/segm_mAP',
     ),
     'semantic_fpn': Head(

@@ -25,7 +25,7 @@ SMALL = 24
 COCO_EPOCHS, COCO_IMAGES, MOST_EPOCHS = 12, 117266, 100
 #: Epochs from random weights, to those from pretrained ones.
 FROM_SCRATCH = 1.5
-BASE_BATCH, MOST_BATCH, MOST_BATCH_ON_CPU = 16, 16, 8
+BASE_BATCH, LEAST_BATCH, MOST_BATCH, MOST_BATCH_ON_CPU = 16, 4, 16, 8
 #: Memory of a whole model in training, to what its backbone keeps for backward.
 WHOLE = 3.0
 #: Part of the free memory that is planned with.
@@ -132,7 +132,7 @@ def _step(value: float) -> int:
 
 
 def batch_size(network: str, size: int, images: int) -> Setting:
-    """Images per step: as many as memory allows, and at least four steps in an epoch."""
+    """Images per step: as many as memory allows, up to a quarter of the images."""
     backbone = build(network).train()
     image = torch.zeros(2, 3, size, size)  # two, for the statistics of the last stage
     kept = saved_bytes(lambda: backbone(image), [*backbone.parameters(), image]) / 2
@@ -140,15 +140,15 @@ def batch_size(network: str, size: int, images: int) -> Setting:
     free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory()
     fits = max(int(USABLE * free / (WHOLE * kept)), 1)
     most = MOST_BATCH if on_gpu else MOST_BATCH_ON_CPU
-    value = max(min(1 << (fits.bit_length() - 1), most, max(images // 4, 1)), 1)
-    if images > 1:
-        value = max(value, 2)
+    # Four steps in an epoch, but no less than four images, which norms take their statistics of.
+    wanted = min(most, max(images // 4, min(LEAST_BATCH, images)))
+    value = max(min(1 << (fits.bit_length() - 1), wanted), min(2, images))
     reason = (
         f'an image keeps about {WHOLE * kept / 2**20:.0f} MiB for backward and '
         f'{free / 2**30:.0f} GiB are free; {most} at most on a {"GPU" if on_gpu else "CPU"}'
     )
-    if images // 4 < min(fits, most):
-        reason += f', and a quarter of {images} images'
+    if wanted < min(fits, most):
+        reason += f', and {wanted} for {images} images'
     return Setting(value, reason)
 
 

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'test': ('repnext_mm.engine.cli:evaluate_main', 'evaluate a checkpoint'),
     'deploy': ('repnext_mm.deploy.cli:deploy_main', 'fuse, export and prove a model'),
     'predict': ('repnext_mm.prediction.command:predict_main', 'predict on images and videos'),
+    'look': (
+        'repnext_mm.look.command:look_main',
+        'write a page about a model and its data',
+    ),
     'publish': ('repnext_mm.publish:main', 'write the weights of a run for others'),
     'benchmark': ('repnext_mm.measure.cli:main', 'time training, inference or layers'),
     'models': ('repnext_mm.model_list:main', 'list networks and configs with published figures'),
