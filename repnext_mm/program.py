@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from pathlib import Path
 def program(tool: str) -> str:
     """The name of a tool in usage texts, in the way that this process was called."""
     script = Path(sys.argv[0]).absolute()
-    if script.suffix == '.py' and script.parent.name == 'tools':
+    beside = script.with_name(f'{tool}.py')
+    if script.suffix == '.py' and script.parent.name == 'tools' and beside.is_file():
         return f'tools/{tool}.py'
     return f'repnext-mm {tool}'
 
@@ -18,3 +20,12 @@ def command(tool: str) -> str:
     """The command line that calls a tool, without its arguments."""
     name = program(tool)
     return f'python {name}' if name.endswith('.py') else name
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults that say something: none for what is off or chosen later."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default in ([], {}):
+            return action.help
+        return super()._get_help_string(action)

@@ -97,3 +97,14 @@ def screenshot(url: str, path: Path, width: int, height: int, seconds: int = 20)
              f'--window-size={width},{height}', f'--virtual-time-budget={1000 * seconds}', url],
             check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+
+
+def width_of(page: Path, width: int) -> int:
+    """How many pixels a page is wide in a window of `width`: more than that has to be scrolled."""
+    frame = (
+        f'<iframe id="page" src="/{page.name}" width="{width}" height="800" style="border:0">'
+        '</iframe><script>page.onload = () => fetch("/result", {method: "POST", body: '
+        'JSON.stringify(page.contentDocument.documentElement.scrollWidth)})</script>'
+    )
+    with serve(page.parent, {'/frame': frame}) as server:
+        return run(server, '/frame')

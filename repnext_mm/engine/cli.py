@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from ..checkpoints import CheckpointError, RunCheckpoint, read_run
 from ..checkpoints.runs import passed_on
 from ..network import PLANS
-from ..program import command, program
+from ..program import HelpFormatter, command, program
 from ..text import printable
 from .amp import AMP_DTYPES, enable_amp, keep_float32_where_needed, uses_amp
 from .config_file import fit_workers, load_config
@@ -69,20 +69,20 @@ def train_parser() -> argparse.ArgumentParser:
         nargs='?',
         const=LATEST,
         metavar='CKPT',
-        help='continue from CKPT, or without CKPT from the newest complete one of the work dir',
+        help='continue from CKPT, or from the newest of the work dir',
     )
     parser.add_argument(
         '--amp',
         nargs='?',
         const=True,
         choices=AMP_DTYPES,
-        help=f'mixed precision, unless given in the optim_wrapper.dtype of the config or else in '
-        f'{AMP_DTYPES[0]}',
+        metavar='DTYPE',
+        help=f'mixed precision: {" or ".join(AMP_DTYPES)} (None: as the config)',
     )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate by the real batch size / the batch size of the recipe',
+        help='fit the learning rate to the real batch size',
     )
     length = parser.add_mutually_exclusive_group()
     for option, metavar, unit in (('--epochs', 'N', 'epochs'), ('--iters', 'N', 'iterations')):
@@ -90,8 +90,7 @@ def train_parser() -> argparse.ArgumentParser:
             option,
             type=_positive,
             metavar=metavar,
-            help=f'train for N {unit} (None: as the config says); warm-up, milestones and ends of '
-            'the schedule move along',
+            help=f'train for N {unit}; the schedule moves along',
         )
     return parser
 
@@ -188,18 +187,16 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program(tool),
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument('config', help='config file, or a name such as mask_rcnn_repnext_m0_coco')
+    parser.add_argument('config', help='config file, or a name that `repnext-mm models` lists')
     check = parser.add_mutually_exclusive_group()
     check.add_argument(
-        '--check-only', action='store_true', help='only check the data and the model, and report'
+        '--check-only', action='store_true', help='check data and model, report, and stop'
     )
-    check.add_argument(
-        '--no-check', action='store_true', help='start without checking the data and the model'
-    )
+    check.add_argument('--no-check', action='store_true', help='start without these checks')
     parser.add_argument(
-        '--work-dir', help='folder for checkpoints and logs (None: work_dirs/<name of the config>)'
+        '--work-dir', metavar='DIR', help='for checkpoints and logs (None: work_dirs/NAME)'
     )
     parser.add_argument(
         '--cfg-options',
@@ -207,25 +204,22 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
         action=_Options,
         default={},
         metavar='KEY=VALUE',
-        help='override settings of the config: a.b=1 c="[1,2]" d=None; data_root=DIR moves every '
-        'data set and evaluator under the data_root of the config',
+        help='override settings: a.b=1 c="[1,2]" d=None; data_root=DIR moves all data',
     )
     parser.add_argument(
         '--device',
         choices=('auto', 'cuda'),
         default='auto',
-        help='auto uses the CPU where there is no GPU; cuda stops there. '
-        'CUDA_VISIBLE_DEVICES=-1 hides the GPUs',
+        help='cuda stops where there is no GPU',
     )
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),
         default='none',
-        help='job launcher',
+        metavar='NAME',
+        help='of several processes: pytorch, slurm or mpi',
     )
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help='set by launchers'
-    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 

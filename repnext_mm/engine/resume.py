@@ -20,6 +20,7 @@ from ..checkpoints.matching import find_fit
 from ..checkpoints.reading import check_crc
 from ..network import Network
 from .errors import UserError
+from .preflight.findings import some
 from .run_folder import checkpoints_newest_first
 from .stored import (
     classes_difference,
@@ -156,7 +157,12 @@ def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: 
             f'{_remedy(model, own, state, path)}'
         )
     require_finite(checkpoint, path)
-    return f'Loading {matched} of the {len(own)} entries of the model from {path}.'
+    left = (
+        f'; not in it: {some(sorted({key.rpartition(".")[0] for key in unfit}), 6)}'
+        if unfit
+        else ''
+    )
+    return f'Loading {matched} of the {len(own)} entries of the model from {path}{left}.'
 
 
 def _remedy(model: nn.Module, own: Mapping[str, Any], state: Mapping[str, Any], path: str) -> str:

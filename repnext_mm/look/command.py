@@ -18,7 +18,7 @@ from ..engine.inference import Result, TrainedModel
 from ..prediction.outputs import beside
 from ..prediction.predictor import Predictor
 from ..prediction.truth import truth_of
-from ..program import program
+from ..program import HelpFormatter, program
 from ..runtimes.predictor import draw
 from ..visualization import read_scalars
 from . import cam, figures, network
@@ -40,8 +40,9 @@ def look_main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm look`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=program('look'),
+        usage='%(prog)s CHECKPOINT DATA [options]',
         description='Write one page about a trained model and its data.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add: Any = parser.add_argument
     add('checkpoint', help='checkpoint of a run')

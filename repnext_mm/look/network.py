@@ -135,7 +135,8 @@ def extent(field: np.ndarray, share: float) -> int:
     y, x = (field * rows).sum() / field.sum(), (field * columns).sum() / field.sum()
     distance = np.maximum(abs(rows - y), abs(columns - x)).reshape(-1)
     order = distance.argsort(kind='stable')
-    reached = field.reshape(-1)[order].cumsum() / field.sum()
+    reached = field.reshape(-1)[order].cumsum()
+    reached /= reached[-1]
     return 1 + 2 * round(float(distance[order][np.searchsorted(reached, share)]))
 
 

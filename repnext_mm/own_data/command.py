@@ -39,38 +39,32 @@ OWN = (
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm train`; returns the exit code."""
     parser = train_parser()
+    parser.usage = '%(prog)s DATA|CONFIG [options]'
     parser.description = 'Train a model on a folder of labeled images, or as a config says.'
     _add_options(parser)
-    return run_command(_train, parser, argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda args: _train(args, typed), parser, argv)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('with a folder of images and labels in place of a config')
+    group = parser.add_argument_group('with a folder in place of a config')
     add: Any = group.add_argument
-    add('--model', metavar='NAME', help=f'backbone (None: {MODEL}); `repnext-mm models` lists them')
-    add('--head', choices=tuple(HEADS), help='None: what fits the labels')
+    add('--model', metavar='NAME', help=f'backbone (None: {MODEL})')
+    add('--head', metavar='NAME', choices=tuple(HEADS), help=f'of {", ".join(HEADS)}')
     add('--lite', action='store_true', help='a narrow neck and head with depthwise convolutions')
-    add(
-        '--pretrained',
-        metavar='WEIGHTS',
-        help='none, imagenet, or a checkpoint (None: a published detector, or else imagenet)',
-    )
-    add('--format', choices=tuple(FORMATS), help='of the labels (None: recognized)')
+    add('--pretrained', metavar='WEIGHTS', help='none, imagenet, or a checkpoint')
+    add('--format', metavar='NAME', choices=tuple(FORMATS), help=f'of {", ".join(FORMATS)}')
     add('--classes', metavar='A,B', help='train on these alone, in this order')
-    add('--size', type=int, help='of images in pixels (None: from the sizes of objects)')
-    add('--batch-size', type=int, help='None: from memory')
-    add('--lr', type=float, help='learning rate (None: from the batch)')
-    add(
-        '--val-share',
-        type=float,
-        metavar='PART',
-        help=f'of images to validate with, where no split says (None: {VAL_SHARE}; 0: all)',
-    )
-    add('--group-by', metavar='REGEX', help='names with the same match stay in one split')
-    add('--dry-run', action='store_true', help='write the config and stop')  # fmt: skip
+    add('--size', type=int, metavar='N', help='of images (None: from the sizes of objects)')
+    add('--batch-size', type=int, metavar='N', help='images per step (None: from memory)')
+    add('--lr', type=float, metavar='X', help='learning rate (None: from the batch)')
+    part = f'of images to validate with (None: {VAL_SHARE}; 0: all)'
+    add('--val-share', type=float, metavar='X', help=part)
+    add('--group-by', metavar='REGEX', help='equal matches in names stay in one split')
+    add('--dry-run', action='store_true', help='write the config and stop')
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, typed: Sequence[str]) -> None:
     if not _is_data(args.config):
         if given := [name for name in OWN if getattr(args, name)]:
             option = given[0].replace('_', '-')
@@ -91,7 +85,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.iters:
         raise UserError('a run on a folder counts epochs; give --epochs.')
     try:
-        plan = make_plan(args)
+        plan = make_plan(args, typed)
         path = write_config(plan)
     except DataError as error:
         raise UserError(str(error)) from error
@@ -124,8 +118,12 @@ def say(line: str) -> None:
 # --- before
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace, typed: Sequence[str] = ()) -> Plan:
     """Read the folder, and decide.
+
+    Args:
+        args: Of the command line.
+        typed: Its words, for the heading of the config.
 
     Raises:
         DataError: The folder cannot be used.
@@ -158,9 +156,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         f'learning rate {chosen.lr.value:g}.'
     )
     asked = args.work_dir or str(Path('work_dirs', _run_name(folder, network, args)))
-    words = ['repnext-mm', 'train', *sys.argv[1:]]
-    typed = ' '.join(shlex.quote(word) for word in words)
-    return Plan(folder, head, network, args.lite, weights, chosen, splits, _free(asked), typed)
+    line = ' '.join(['repnext-mm train', *map(shlex.quote, typed)])
+    return Plan(folder, head, network, args.lite, weights, chosen, splits, _free(asked), line)
 
 
 def _run_name(folder: LabeledFolder, network: str, args: argparse.Namespace) -> str:

@@ -184,8 +184,9 @@ def _runtime(plan: Plan, visualizer: str, drawing: str) -> list[str]:
                     [
                         dict(
                             type='EMAHook',
-                            ema_type='ExpMomentumEMA',
+                            ema_type='MomentumAnnealingEMA',
                             momentum=0.0002,
+                            gamma=100,
                             update_buffers=True,
                             priority=49,
                         ),

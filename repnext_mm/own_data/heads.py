@@ -69,7 +69,7 @@ HEADS: dict[str, Head] = {
         masks=True, dense=True, monitor='coco/segm_mAP',
     ),
     'semantic_fpn': Head(
-        'Semantic FPN', 'mmseg', ('masks',), 1e-4, 1e-3, 'semantic_fpn', monitor='mIoU'
+        'Semantic FPN', 'mmseg', ('masks',), 1e-4, 2e-3, 'semantic_fpn', monitor='mIoU'
     ),
     'upernet': Head('UPerNet', 'mmseg', ('masks',), 6e-5, 5e-4, 'upernet', monitor='mIoU'),
     'classifier': Head(

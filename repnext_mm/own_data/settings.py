@@ -23,6 +23,8 @@ SMALL = 24
 #: A recipe of 12 epochs is for COCO's images; fewer images are seen more often, each by the cube
 #: root of how much fewer they are.
 COCO_EPOCHS, COCO_IMAGES, MOST_EPOCHS = 12, 117266, 100
+#: Steps that a run has at least, in no more than so many epochs.
+LEAST_STEPS, EPOCHS_FOR_THEM = 600, 300
 #: Epochs from random weights, to those from pretrained ones.
 FROM_SCRATCH = 1.5
 BASE_BATCH, LEAST_BATCH, MOST_BATCH, MOST_BATCH_ON_CPU = 16, 4, 16, 8
@@ -80,10 +82,11 @@ def choose(
     images = len(train)
     sized = Setting(size, given) if size else image_size(head, train)
     batched = Setting(batch, given) if batch else batch_size(network, int(sized.value), images)
-    length = Setting(epochs, given) if epochs else run_length(images, from_scratch)
+    steps = math.ceil(images / int(batched.value))
+    length = Setting(epochs, given) if epochs else run_length(images, steps, from_scratch)
     base = learning_rate(head, int(batched.value), from_scratch)
     rated = base if lr is None else Setting(lr, given)
-    steps = math.ceil(len(train) / int(batched.value)) * int(length.value)
+    steps *= int(length.value)
     warmup = max(1, min(1000, round(0.05 * steps)))
     return Settings(
         sized,
@@ -160,10 +163,19 @@ def _free_memory() -> int:
         return 8 << 30
 
 
-def run_length(images: int, from_scratch: bool) -> Setting:
-    """Epochs of the run."""
+def run_length(images: int, steps: int, from_scratch: bool) -> Setting:
+    """Epochs of the run.
+
+    Args:
+        images: To train with.
+        steps: Of an epoch.
+        from_scratch: No pretrained weights are loaded.
+    """
     wanted = COCO_EPOCHS * (COCO_IMAGES / images) ** (1 / 3)
     value = min(max(wanted, COCO_EPOCHS), MOST_EPOCHS) * (FROM_SCRATCH if from_scratch else 1)
+    least = min(math.ceil(LEAST_STEPS / steps), EPOCHS_FOR_THEM)
+    if least > value:
+        return Setting(least, f'{least * steps} iterations, as an epoch has {steps}')
     reason = f"COCO's {COCO_EPOCHS}, longer by the cube root of {COCO_IMAGES} / {images} images"
     reason += f', {MOST_EPOCHS} at most' if wanted > MOST_EPOCHS else ''
     return Setting(round(value), reason + '; half as much again from scratch' * from_scratch)

@@ -19,7 +19,7 @@ import numpy as np
 from ..datasets.folders import DataError, Example, LabeledFolder, read_folder
 from ..engine.errors import UserError, run_tool, sigterm_raises
 from ..engine.inference import Result
-from ..program import program
+from ..program import HelpFormatter, program
 from ..runtimes.predictor import as_record
 from ..text import closest, printable
 from .outputs import KINDS, Outputs
@@ -47,8 +47,9 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm predict`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=program('predict'),
+        usage='%(prog)s MODEL SOURCE ... [options]',
         description='Predict with a checkpoint or an exported file.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add: Any = parser.add_argument
     add('model', help='checkpoint of a run, or an exported file, its folder or its model.json')

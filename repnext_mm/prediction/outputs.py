@@ -97,6 +97,8 @@ class Outputs:
         import cv2
 
         path = (self.folder / name).with_suffix('.mp4')
+        odd = [side % 2 for side in picture.shape[:2]]  # the codec requires even sides
+        picture = np.pad(picture, ((0, odd[0]), (0, odd[1]), (0, 0)), 'edge')
         if self._video is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             size = picture.shape[1], picture.shape[0]
