@@ -39,13 +39,15 @@ def write(real: LabeledFolder, examples: list[Example], root: Path, kind: str) -
     elif kind == 'boxes':
         made.yolo_boxes(real, examples, root)
     elif kind == 'masks':
-        names = sorted({real.classes[o.label] for e in examples for o in e.objects})
+        large = [o for e in examples for o in e.objects if (o.area or 0) > 8000]
+        names = sorted({real.classes[o.label] for o in large})
         for example in examples:
             image = made.copy(real, example, root / 'images')
             labels = np.zeros((example.height, example.width), np.uint8)
             for item in sorted(example.objects, key=lambda o: -(o.area or 0)):
-                inside = mask_of(item, labels.shape)  # type: ignore[arg-type]
-                labels[inside] = 1 + names.index(real.classes[item.label])
+                inside = mask_of(item, (example.height, example.width))
+                if (name := real.classes[item.label]) in names:
+                    labels[inside] = 1 + names.index(name)
             (root / 'masks').mkdir(exist_ok=True)
             Image.fromarray(labels).save(root / 'masks' / f'{image.stem}.png')
         (root / 'classes.txt').write_text('\n'.join(['background', *names]))

@@ -176,15 +176,15 @@ def test_the_shapes_of_labelme(tmp_path: Path) -> None:
     assert any('1 shapes of the kind point' in note for note in folder.notes)
 
 
-def test_coordinates_of_pascal_voc_count_from_1(tmp_path: Path) -> None:
+def test_coordinates_of_the_challenge_count_from_1(tmp_path: Path) -> None:
     image(tmp_path / 'a.png')
     text = (
-        '<annotation><filename>a.png</filename><object><name>cat</name><difficult>1</difficult>'
-        '<bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object>'
-        '</annotation>'
+        '<annotation><filename>a.png</filename><source><database>{}</database></source><object>'
+        '<name>cat</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax>'
+        '<ymax>8</ymax></bndbox></object></annotation>'
     )
-    for left, box in ((1, (0, 1, 8, 6)), (0, (0, 2, 9, 6))):
-        (tmp_path / 'a.xml').write_text(text.format(left))
+    for source, box in (('The VOC2007 Database', (0, 1, 9, 7)), ('Unknown', (1, 2, 8, 6))):
+        (tmp_path / 'a.xml').write_text(text.format(source))
         (example,) = read_folder(tmp_path).examples()
         assert (example.objects[0].box, example.objects[0].crowd) == (box, True)
 
@@ -216,7 +216,7 @@ def test_lines_of_yolo(line: str, said: str, tmp_path: Path) -> None:
     'yaml',
     [
         'names: [cat, dog]\ntrain: ../train/images\nval: ../valid/images',  # Roboflow
-        'names: {0: cat, 1: dog}\npath: /home/someone/data\ntrain: train/images',
+        'names: {0: cat, 1: dog}\npath: /data/pets\ntrain: train/images',
         'names: [cat, dog]',
     ],
 )
@@ -309,3 +309,41 @@ def test_images_that_are_set_aside() -> None:
     for group_by, said in (('^', 'one group'), ('(', 'no regular expression')):
         with pytest.raises(DataError, match=said):
             split_examples(examples, 0.2, group_by)
+
+
+@pytest.mark.parametrize('name', ['coco', 'yolo', 'pascal_voc'])
+def test_what_another_library_writes_is_read(
+    name: str, real: LabeledFolder, tmp_path: Path
+) -> None:
+    """supervision writes the boxes; whole numbers, as its Pascal VOC rounds."""
+    sv = pytest.importorskip('supervision', reason='supervision is not installed')
+    examples = made.some(real, 12)
+    annotations, wanted = {}, {}
+    for example in examples:
+        boxes = np.array([item.box for item in example.objects], np.float32)
+        boxes = np.round(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        labels = np.array([item.label for item in example.objects])
+        path = str(real.root / example.file)
+        annotations[path] = sv.Detections(xyxy=boxes, class_id=labels)
+        wanted[Path(path).name] = boxes, labels
+    dataset = sv.DetectionDataset(list(real.classes), list(annotations), annotations)
+    images, labels_dir = tmp_path / 'train' / 'images', tmp_path / 'train' / 'labels'
+    if name == 'coco':
+        file = tmp_path / 'train' / '_annotations.coco.json'
+        dataset.as_coco(images_directory_path=str(tmp_path / 'train'), annotations_path=str(file))
+    elif name == 'yolo':
+        dataset.as_yolo(str(images), str(labels_dir), str(tmp_path / 'data.yaml'))
+    else:
+        dataset.as_pascal_voc(str(tmp_path / 'JPEGImages'), str(tmp_path / 'Annotations'))
+    folder = read_folder(tmp_path)
+    assert folder.kind == 'boxes'
+    found = by_name(folder)
+    assert set(found) == set(wanted)
+    # YOLO's text has five digits of a part of the image.
+    tolerance = 640 * 1e-5 if name == 'yolo' else 0
+    for file_name, (boxes, labels) in wanted.items():
+        items = found[file_name].objects
+        assert [folder.classes[i.label] for i in items] == [real.classes[n] for n in labels]
+        got = np.array([item.box for item in items])
+        np.testing.assert_allclose(got[:, :2], boxes[:, :2], atol=2 * tolerance)
+        np.testing.assert_allclose(got[:, :2] + got[:, 2:], boxes[:, 2:], atol=2 * tolerance)

@@ -287,12 +287,12 @@ def test_a_dry_run_writes_a_config_and_never_over_another(
 ROADS = {
     'boxes': ['--size=160', '--epochs=240'],
     'polygons': [
-        *('--size=160', '--lite', '--epochs=80', '--cfg-options'),
+        *('--size=160', '--lite', '--epochs=100', '--lr=0.001', '--cfg-options'),
         'model.train_cfg.rcnn.sampler.num=64',
         'model.train_cfg.rpn_proposal.max_per_img=200',
         'model.test_cfg.rpn.max_per_img=200',
     ],
-    'masks': ['--size=160', '--lite', '--epochs=150'],
+    'masks': ['--size=160', '--lite', '--epochs=150', '--lr=0.002'],
     'classes': ['--size=96', '--epochs=40'],
 }
 REACHED = {

@@ -17,7 +17,9 @@ from ..files import replacing, write_text
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0; color: #1b1b1b; background: #fafafa; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; color: #1b1b1b; background: #fafafa;
+  overflow-wrap: anywhere; }
+table { overflow-wrap: normal; }
 header, main { max-width: 1100px; margin: 0 auto; padding: 0 16px; }
 header { padding-top: 20px; }
 h1 { font-size: 1.5em; margin: 0; }

@@ -318,7 +318,9 @@ def check_stack() -> Finding:
 
 def check_opencv() -> Finding:
     found = [name for name in OPENCV if installed(name)]
-    if len(found) < 2:
+    versions = {installed(name) for name in found}
+    # grad-cam requires the headless one beside mm's: of one version, their code is the same.
+    if len(found) < 2 or (len(versions) == 1 and not any('contrib' in name for name in found)):
         return Finding('OpenCV', installed(found[0]) if found else '-', ' '.join(found))
     problem = f'{" and ".join(found)} overwrite each other: keep one.'
     return Finding('OpenCV', 'mixed', problem=problem, fix=fix('cv2'))

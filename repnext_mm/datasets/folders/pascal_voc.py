@@ -20,6 +20,8 @@ from .records import (
 )
 
 NAME = 'Pascal VOC'
+#: Sources whose boxes are the first and the last pixel inside, counted from 1.
+INCLUSIVE = re.compile(r'VOC|roboflow', re.IGNORECASE)
 
 
 def find(root: Path) -> list[Path]:
@@ -36,8 +38,8 @@ def _looks_right(path: Path) -> bool:
 def read(root: Path, files: Sequence[Path]) -> LabeledFolder:
     """The examples of every split.
 
-    Coordinates count from 1 in the challenge's files and from 0 in those of most programs since:
-    from 1 where they are whole numbers and none is 0, as mmdet's `XMLDataset` takes all of them.
+    Boxes of the challenge are the first and the last pixel inside, counted from 1, and so are those
+    of Roboflow's programs; both name themselves as the source. Those of others are edges, from 0.
 
     Raises:
         DataError: A file cannot be read, or no image was found.
@@ -48,20 +50,22 @@ def read(root: Path, files: Sequence[Path]) -> LabeledFolder:
             images.setdefault(image.stem, []).append(image)
     rows: list[tuple[Path, Path, list[tuple[str, list[float], bool]]]] = []
     lone: list[Path] = []
+    inclusive = False
     for path in files:
         tree = _tree(path)
         found = _image_of(path, tree.findtext('filename') or '', images)
         if found is None:
             lone.append(path)
             continue
-        rows.append((path, found, [_box(path, item) for item in tree.findall('object')]))
+        shift = int(bool(INCLUSIVE.search(tree.findtext('source/database') or '')))
+        inclusive |= bool(shift)
+        boxes = [_box(path, item, shift) for item in tree.findall('object')]
+        rows.append((path, found, boxes))
     if not rows:
         raise DataError(
             f'{root} has {len(files)} files of Pascal VOC, and no image of their names; put the '
             'images beside them, or in JPEGImages/.'
         )
-    corners = [corner for _, _, boxes in rows for _, values, _ in boxes for corner in values]
-    shift = 1 if corners and min(corners) >= 1 and all(c == int(c) for c in corners) else 0
     classes = named_classes(root, (name for _, _, boxes in rows for name, _, _ in boxes))
     listed = _lists(root)
     splits: dict[str, list[Example]] = {}
@@ -72,7 +76,7 @@ def read(root: Path, files: Sequence[Path]) -> LabeledFolder:
         objects = [
             Object(
                 classes.index(name),
-                (x0 - shift, y0 - shift, x1 - x0, y1 - y0),
+                (x0, y0, x1 - x0, y1 - y0),
                 crowd=difficult,
             )
             for name, (x0, y0, x1, y1), difficult in boxes
@@ -81,8 +85,8 @@ def read(root: Path, files: Sequence[Path]) -> LabeledFolder:
         example = Example(image.relative_to(root).as_posix(), height, width, objects)
         splits.setdefault(split, []).append(example)
     notes = []
-    if shift:
-        notes.append('Boxes count pixels from 1, as in the challenge: 1 is taken off.')
+    if inclusive:
+        notes.append('Boxes name their first and last pixel, counted from 1, as in the challenge.')
     if any(item.crowd for split in splits.values() for e in split for item in e.objects):
         notes.append('Objects marked as difficult are ignored in training and evaluation.')
     if lone:
@@ -121,7 +125,8 @@ def _image_of(path: Path, name: str, images: dict[str, list[Path]]) -> Path | No
     return None
 
 
-def _box(path: Path, item: ElementTree.Element) -> tuple[str, list[float], bool]:
+def _box(path: Path, item: ElementTree.Element, shift: int) -> tuple[str, list[float], bool]:
+    """Name, corners and whether it is difficult."""
     name = (item.findtext('name') or '').strip()
     texts = [item.findtext(f'bndbox/{key}') for key in ('xmin', 'ymin', 'xmax', 'ymax')]
     try:
@@ -130,6 +135,7 @@ def _box(path: Path, item: ElementTree.Element) -> tuple[str, list[float], bool]
         raise DataError(f'{path}: the object {name!r} has no box of four numbers.') from error
     if not name:
         raise DataError(f'{path} has an object without a name.')
+    values = [values[0] - shift, values[1] - shift, *values[2:]]
     return name, values, (item.findtext('difficult') or '0').strip() == '1'
 
 
