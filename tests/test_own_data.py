@@ -24,8 +24,8 @@ from repnext_mm.backbones import look_up
 from repnext_mm.datasets.folders import LabeledFolder
 from repnext_mm.engine.frameworks import import_framework
 from repnext_mm.look.command import look_main
-from repnext_mm.own_data.command import train_main
-from repnext_mm.own_data.config import may_flip
+from repnext_mm.own_data.command import _weights, train_main
+from repnext_mm.own_data.config import Weights, may_flip
 from repnext_mm.own_data.heads import CHOICE, HEADS, build_model_config, cost
 from repnext_mm.own_data.settings import choose, learning_rate, run_length
 from repnext_mm.own_data.text import WIDTH, Code, assign, render
@@ -279,6 +279,39 @@ def test_a_dry_run_writes_a_config_and_never_over_another(
         {i['file_name'] for i in json.loads(p.read_text())['images']}
         for p in sorted((tmp_path / 'run_2').glob('annotations/*.json'))
     ]
+
+
+def test_weights_are_chosen_by_name() -> None:
+    assert _weights(None, 'repnext_m4', 'mask_rcnn', False) == Weights('repnext_m4_coco', True)
+    assert _weights(None, 'recnext_a3', 'semantic_fpn', False) == Weights('recnext_a3_ade20k', True)
+    imagenet = Weights('repnext_m4_distill_300e')
+    for asked, head, lite in ((None, 'mask_rcnn', True), (None, 'rtmdet', False),
+                              ('imagenet', 'mask_rcnn', False)):  # fmt: skip
+        assert _weights(asked, 'repnext_m4', head, lite) == imagenet
+    assert _weights('none', 'repnext_m4', 'mask_rcnn', False) == Weights()
+    assert _weights(None, 'repnext_m0e', 'rtmdet', False) == Weights()  # none is published
+
+
+@pytest.mark.slow
+def test_a_start_from_a_detector_of_other_classes(folders: dict[str, Path], tmp_path: Path) -> None:
+    small = ['--size=96', '--lite', '--epochs=1']
+    config = own_models.config(folders['polygons'], tmp_path / 'first', *small)
+    first = own_models.checkpoint(config, tmp_path / 'first.pth', seed=5)
+    work = tmp_path / 'second'
+    command = [folders['polygons'], *small, '--classes=toilet,sink', f'--pretrained={first}',
+               '--val-share=0', f'--work-dir={work}']  # fmt: skip
+    output = succeed_here(train_main, *command, cwd=tmp_path)
+    line = next(line for line in output.splitlines() if line.startswith('Loading '))
+    assert 'left out, as they differ: roi_head.bbox_head.fc_cls, roi_head.bbox_head.fc_reg' in line
+    assert f"load_from = '{first}'" in (work / 'second.py').read_text()
+    before = torch.load(first, weights_only=True)['state_dict']
+    after = torch.load(work / 'epoch_1.pth', weights_only=True)['state_dict']
+    key = (
+        'backbone.stem.0.conv.weight'
+        if 'backbone.stem.0.conv.weight' in before
+        else next(k for k, v in before.items() if k.startswith('backbone.') and v.dim() == 4)
+    )
+    torch.testing.assert_close(after[key], before[key], atol=0.02, rtol=0)
 
 
 # --- the whole road

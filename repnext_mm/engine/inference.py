@@ -26,6 +26,8 @@ from .resume import require_fit
 from .schedule import name_of
 from .stored import checkpoints_classes, config_classes, require_classes
 
+#: What of a stored config decides a prediction.
+NEEDED = ('model', 'default_scope', 'test_dataloader', 'val_dataloader')
 #: Arrays of one image: boxes, scores, labels and maybe masks; or classes; or probabilities.
 Result = dict[str, np.ndarray]
 
@@ -51,6 +53,12 @@ def config_of(checkpoint: RunCheckpoint, config: str | None = None) -> Config:
             tree = ast.Module([], [])
         targets = [s.targets for s in tree.body if isinstance(s, ast.Assign)]
         values = assigned(text, [t.id for (t, *_) in targets if isinstance(t, ast.Name)])
+        lost = [t.id for (t, *_) in targets if isinstance(t, ast.Name) and t.id not in values]
+        if needed := [name for name in lost if name in NEEDED]:
+            raise UserError(
+                f'{checkpoint.path} stores a config whose {needed[0]} is more than values, which '
+                'is not run; name the config: --config FILE.'
+            )
     if not isinstance(values.get('model'), dict):
         raise UserError(
             f'{checkpoint.path} does not store the config of its model; name the config: '

@@ -111,7 +111,7 @@ def look(args: argparse.Namespace) -> Path:
     )
     page.section('Training')
     try:
-        page.chart('curves', figures.curves(read_scalars(checkpoint.parent)))
+        page.chart('curves', figures.curves(read_scalars(checkpoint.parent)), wide=True)
     except FileNotFoundError:
         page.text(f'There is no log of a training beside {checkpoint.name}.', note=True)
     results = _predict(predictor, folder, examples)
@@ -351,18 +351,13 @@ def _segmentation(
         [
             (
                 f'worst_{number}',
-                _rgb(predictor, folder, examples[i], _shown(truths[i]), results[i]),
+                _rgb(predictor, folder, examples[i], truths[i], results[i]),
                 f'{examples[i].file}: mIoU {found.images[i]:.3f} over its classes',
             )
             for number, i in enumerate(ranked, 1)
         ],
         most=900,
     )
-
-
-def _shown(truth: Result) -> Result:
-    """Pixels of no class are drawn like the first class, as a picture has no color for them."""
-    return {'classes': np.where(truth['classes'] == 255, 0, truth['classes'])}
 
 
 def _classification(
@@ -439,6 +434,7 @@ def _inside(
             f'branches_{number}', figures.branch_grid(image, maps),
             f'{example.file}: how strongly the branches of the last token mixer of each stage '
             'answer',
+            wide=True,
         )  # fmt: skip
     page.section('Where it looks')
     if not cam.available():
@@ -448,7 +444,7 @@ def _inside(
     for example, x, result in zip(examples[:INSIDE], inputs, results[:INSIDE], strict=True):
         image = predictor.read(folder.root / example.file)[..., ::-1]
         rows.append((image, _attention(trained, predictor, x, image.shape[:2], result)))
-    page.chart('attention', figures.overlays(rows))
+    page.chart('attention', figures.overlays(rows), wide=True)
     page.text(
         'Grad-CAM (arXiv 1610.02391) of single decisions, and EigenCAM (arXiv 2008.00299) of the '
         'same feature maps, which asks for no decision; of the last stage that the model uses.',
@@ -563,7 +559,7 @@ def _fields(
         }
         for name, row in rows.items()
     }
-    page.chart('receptive_fields', figures.fields(rows, sides))
+    page.chart('receptive_fields', figures.fields(rows, sides), wide=True)
     page.text(
         f'How much the pixels of {FIELD_SIZE} x {FIELD_SIZE} images move the middle of the output '
         '(arXiv 1701.04128), with the sides in pixels of the squares that contain 50 % / 90 % of '
@@ -618,7 +614,7 @@ def _data(page: Page, folder: LabeledFolder, splits: dict[str, list[Example]]) -
     label = {'masks': 'pixels (millions)', 'classes': 'images'}.get(folder.kind, 'objects')
     page.chart('classes', figures.bars(folder.classes, found.counts, label))
     if found.sides:
-        page.chart('boxes', figures.boxes(found))
+        page.chart('boxes', figures.boxes(found), wide=True)
     page.heading('Nearly equal images in train and val')
     if found.twins:
         page.text(f'{len(found.twins)} pairs by their perceptual hash; val says too much then.')

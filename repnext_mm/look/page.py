@@ -36,6 +36,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; display: block; }
+.parts img { min-width: 620px; }
 .pictures { display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
 figure { margin: 0; }
@@ -102,13 +103,17 @@ class Page:
             '</tbody></table></div>'
         )
 
-    def chart(self, name: str, figure: Any, caption: str = '') -> None:
-        """Add a figure of matplotlib, which is also written as `pictures/NAME.png`."""
+    def chart(self, name: str, figure: Any, caption: str = '', wide: bool = False) -> None:
+        """Add a figure of matplotlib, which is also written as `pictures/NAME.png`.
+
+        One of many parts is `wide`: on a phone it is scrolled instead of shrunk.
+        """
         stream = io.BytesIO()
         figure.savefig(stream, dpi=110, format='png')
         data = stream.getvalue()
         self._write(f'{name}.png', data)
-        self._add(_image(data, 'png', caption or name, caption))
+        part = _image(data, 'png', caption or name, caption)
+        self._add(f'<div class="wide parts">{part}</div>' if wide else part)
 
     def pictures(self, items: Sequence[tuple[str, np.ndarray, str]], most: int = 640) -> None:
         """Add pictures side by side where there is room.

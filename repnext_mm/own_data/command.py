@@ -29,6 +29,8 @@ VAL_SHARE = 0.2
 MODEL = 'repnext_m0'
 #: Images of val that are drawn at the end.
 PICTURED = 8
+#: Complete models that are published, by their head: how their names end.
+WHOLE = {'mask_rcnn': 'coco', 'semantic_fpn': 'ade20k'}
 #: Options that are for folders alone, by the name of their argument.
 OWN = (
     *('model', 'head', 'lite', 'pretrained', 'format', 'classes', 'size', 'batch_size', 'lr'),
@@ -136,7 +138,7 @@ def make_plan(args: argparse.Namespace, typed: Sequence[str] = ()) -> Plan:
     head = _head(folder, args.head)
     network = args.model or MODEL
     _describe(folder, splits)
-    weights = _weights(args.pretrained, network, head)
+    weights = _weights(args.pretrained, network, head, args.lite)
     scratch = weights.checkpoint is None
     for name in ('size', 'batch_size'):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -258,16 +260,16 @@ def _describe(folder: LabeledFolder, splits: dict[str, list[Example]]) -> None:
             )
 
 
-def _weights(asked: str | None, network: str, head: str) -> Weights:
+def _weights(asked: str | None, network: str, head: str, lite: bool) -> Weights:
     from ..backbones import look_up
 
     family, arch = look_up(network)
     names = names_for(family.__name__, arch, fused=False)
-    detector = f'{network}_coco'
+    whole = f'{network}_{WHOLE.get(head)}'
     if asked == 'none':
         return Weights()
-    if asked is None and head == 'mask_rcnn' and detector in PUBLISHED:
-        return Weights(detector, whole=True)
+    if asked is None and not lite and whole in PUBLISHED:
+        return Weights(whole, whole=True)
     if asked in (None, 'imagenet'):
         found = next((n for n in names if 'distill' in n or 'in1k' in n or 'sail' in n), None)
         if found is None:

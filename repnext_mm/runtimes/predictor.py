@@ -598,7 +598,8 @@ def draw(image: np.ndarray, result: Result, settings: Settings, threshold: float
     if 'probabilities' in result:
         return _titled(image, as_record(result, settings)['best'])
     if 'classes' in result:
-        picture = 0.5 * picture + 0.5 * palette[result['classes'] % len(palette)]
+        inside = result['classes'] < len(palette)  # 255 is no class
+        picture[inside] = 0.5 * picture[inside] + 0.5 * palette[result['classes'][inside]]
         return np.ascontiguousarray(picture.astype(np.uint8)[..., ::-1])
     shown = [i for i, score in enumerate(result['scores']) if score >= threshold][::-1]
     colors = [palette[label % len(palette)] for label in result['labels']]
