@@ -39,7 +39,7 @@ def write(real: LabeledFolder, examples: list[Example], root: Path, kind: str) -
     elif kind == 'boxes':
         made.yolo_boxes(real, examples, root)
     elif kind == 'masks':
-        large = [o for e in examples for o in e.objects if (o.area or 0) > 8000]
+        large = [o for e in examples for o in e.objects if (o.area or 0) > 20000]
         names = sorted({real.classes[o.label] for o in large})
         for example in examples:
             image = made.copy(real, example, root / 'images')

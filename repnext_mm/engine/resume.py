@@ -158,7 +158,7 @@ def require_fit(model: nn.Module, checkpoint: dict[str, Any], path: str, least: 
         )
     require_finite(checkpoint, path)
     left = (
-        f'; not in it: {some(sorted({key.rpartition(".")[0] for key in unfit}), 6)}'
+        f'; left out, as they differ: {some(sorted({key.rpartition(".")[0] for key in unfit}), 6)}'
         if unfit
         else ''
     )
