@@ -16,6 +16,8 @@ from mmengine.config import Config
 from networks import TINY, grads, image, tiny
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from repnext_mm import optimize
 from repnext_mm.backbones.repnext import MEDIUM, BranchedDepthwise
@@ -75,6 +77,72 @@ def test_any_memory_format_gives_the_same_and_hands_back_its_own(name, compute, 
     if given:
         x = x.contiguous(memory_format=torch.channels_last)
     assert_same_step(reference, fast, x)
+
+
+#: Operations that change or name a layout, and compute nothing.
+LAYOUT_ALONE = {
+    *('clone', 'copy_', '_to_copy', 'split', 'split_with_sizes', 'slice', 'view', 'permute'),
+    *('expand', 'detach', 'alias', 'as_strided', 'unsqueeze', 'new_empty_strided'),
+}
+
+
+class Layouts(TorchDispatchMode):
+    """Operations on feature maps of `batch` images that see more than one layout, or gaps."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.mixed: list[tuple[str, ...]] = []
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        # Of one channel or one pixel every layout is the same.
+        maps = [t for t in tensors if t.dim() == 4 and len(t) == self.batch and min(t.shape) > 1]
+        layouts = {self.layout(t) for t in maps} - {''}
+        if name not in LAYOUT_ALONE and maps:
+            self.seen.add(name)
+            if len(layouts) > 1 or 'gaps' in layouts:
+                self.mixed.append((name, *sorted(layouts)))
+        return out
+
+    @staticmethod
+    def layout(x: torch.Tensor) -> str:
+        contiguous, last = (x.is_contiguous(memory_format=f) for f in
+                            (torch.contiguous_format, torch.channels_last))  # fmt: skip
+        if contiguous and last:
+            return ''
+        return 'contiguous' if contiguous else 'channels_last' if last else 'gaps'
+
+
+@pytest.mark.parametrize('mode', ['train', 'norm_eval', 'frozen'])
+@pytest.mark.parametrize('name', ['repnext_m', 'recnext_m', 'inception_next'])
+def test_no_operation_of_backward_sees_two_layouts(name: str, mode: str) -> None:
+    """Necks hand back contiguous gradients; left so, they would run through whole stages."""
+    network = pair(name, mode)[1]
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    outputs = network(x)
+    gradients = [torch.rand_like(out) for out in outputs if out.requires_grad]
+    assert gradients
+    assert not any(is_channels_last(gradient) for gradient in gradients)
+    with Layouts(2) as layouts:
+        torch.autograd.backward([out for out in outputs if out.requires_grad], gradients)
+    assert 'convolution_backward' in layouts.seen
+    assert layouts.mixed == []
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    network = tiny('repnext_m').train()
+    x = torch.rand(2, 3, 64, 64)
+    for fed, changed in ((x, slice(None)), (x.contiguous(memory_format=torch.channels_last), -1)):
+        network.zero_grad()
+        # Without a conversion, an output is what the next stage computes with, but the last.
+        outputs = network(fed)[changed]
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(F.relu_(out).sum() for out in outputs).backward()
+        assert all(p.grad is not None for p in network.parameters())
 
 
 @pytest.mark.parametrize('name', ['repnext_m', 'recnext_m', 'inception_next'])

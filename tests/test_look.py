@@ -189,6 +189,18 @@ def test_an_untrained_copy_has_other_weights() -> None:
     assert list(copy.state_dict()) == list(network.state_dict())
 
 
+def test_networks_of_others_are_looked_into() -> None:
+    class Silent(Chain):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            """As that of mmdet's ResNet, which returns nothing."""
+            super().train(mode)
+
+    copy = untrained(Silent(3))
+    assert isinstance(copy, Silent)
+    assert branch_maps(copy, torch.rand(1, 3, 16, 16)) == {}
+    assert list(receptive_fields(copy, [torch.rand(1, 3, 16, 16)])) == ['stage 1']
+
+
 # --- attention
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.loading import load_pretrained
+from ..layers import fast
 from ..layers.blocks import Stage
 from ..layers.execution import is_channels_last, is_exporting, set_execution
 from ..network import FusionReport, Network, Plan, deploy_plan
@@ -160,7 +161,9 @@ class PyramidBackbone(BaseModule, Network):
         outs = []
         for i, stage in enumerate(self.stages[: indices[-1] + 1]):
             x = stage(x)
-            if i in indices:
+            if i in indices and self.fast:
+                outs.append(fast.leave(x, converts))
+            elif i in indices:
                 outs.append(x.contiguous() if converts else x)
         return tuple(outs)
 

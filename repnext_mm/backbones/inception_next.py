@@ -17,6 +17,7 @@ from timm.models import inception_next as timm_inception_next
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import fast
 from ..layers.blocks import GELU, linear_rates, make_stages
 from ..layers.execution import FastLayer, are_hooked
 from ..layers.fast import Chain, chain
@@ -63,7 +64,7 @@ class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, FastLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_fast() or are_hooked(self.children()):
             return super().forward(x)
-        mixed = self.token_mixer(x)
+        mixed = _mixed(self.token_mixer, x)
         out = chain(self, mixed, self.norm, self.mlp.fc1, self.mlp.act, self.mlp.fc2)
         # Folded into `fc2`, a small layer scale would vanish in float16.
         if self.gamma is not None:
@@ -85,6 +86,16 @@ class InceptionBlock(timm_inception_next.MetaNeXtBlock, Fusible, FastLayer):
         if plan == 'single' and not isinstance(mixer, nn.Conv2d):
             mixer = _single_kernel(mixer, note)
         return FusedInceptionBlock(mixer, mlp, self.drop_path)
+
+
+def _mixed(mixer: Any, x: Tensor) -> Tensor:
+    """`mixer(x)`, for timm's mixer with parts that convolutions compute fast."""
+    if type(mixer) is not timm_inception_next.InceptionDWConv2d or are_hooked([mixer]):
+        return mixer(x)
+    identity, square, row, column = fast.split(x, mixer.split_indexes)
+    return fast.join(
+        (identity, mixer.dwconv_hw(square), mixer.dwconv_w(row), mixer.dwconv_h(column))
+    )
 
 
 class FusedInceptionBlock(Fusible):

@@ -193,8 +193,11 @@ class ChunkConv(Fusible, FastLayer):
         self.conv_l = _large_conv(width, large)
 
     def forward(self, x: Tensor) -> Tensor:
-        i, s, m, large = fast.chunk(x, 4) if self.is_fast() else x.chunk(4, dim=1)
-        return torch.cat((i, self.conv_s(s), self.conv_m(m), self.conv_l(large)), dim=1)
+        if not self.is_fast():
+            i, s, m, large = x.chunk(4, dim=1)
+            return torch.cat((i, self.conv_s(s), self.conv_m(m), self.conv_l(large)), dim=1)
+        i, s, m, large = fast.split(x, [x.shape[1] // 4] * 4)
+        return fast.join((i, self.conv_s(s), self.conv_m(m), self.conv_l(large)))
 
     def fuse(self, plan: Plan, note: Note) -> nn.Module:
         convs = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
@@ -267,11 +270,9 @@ class CopyConv(fast.NormFolding, Fusible):
     def forward(self, x: Tensor, after: Affine | None = None) -> Tensor:
         """`after` is applied to the output, only where this layer is fast."""
         if after is None:
-            return torch.cat([self.conv_s(x), self.conv_m(x)], dim=1)
+            return fast.join([self.conv_s(x), self.conv_m(x)])
         small, medium = zip(*(t.chunk(2) for t in after), strict=True)
-        return torch.cat(
-            [fast.scaled(self.conv_s, x, small), fast.scaled(self.conv_m, x, medium)], dim=1
-        )
+        return fast.join([fast.scaled(self.conv_s, x, small), fast.scaled(self.conv_m, x, medium)])
 
     def fold_norm_backward(self, norm: _BatchNorm) -> CopyConv:
         """Fold the norm that follows into the two convolutions, each with its own channels."""

@@ -258,15 +258,67 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def chunk(x: Tensor, chunks: int) -> list[Tensor]:
-    """`x.chunk(chunks, dim=1)`, of which all but the first are made dense in channels_last.
+def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """`x.split(sizes, dim=1)`, of which all but the first are made dense in channels_last.
 
-    A chunk has gaps there; each convolution would close them, in forward and in backward.
+    A part has gaps there; each convolution would close them, in forward and in backward.
     """
-    first, *others = x.chunk(chunks, dim=1)
+    first, *others = x.split([*sizes], dim=1)
     if runs_eagerly() and is_channels_last(x):
         others = [c.contiguous(memory_format=torch.channels_last) for c in others]
     return [first, *others]
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat(parts, dim=1)`, whose gradient comes in dense parts in channels_last.
+
+    A part of it has gaps there, which each convolution would close for its input, its weight and
+    its bias anew.
+    """
+    if runs_eagerly() and is_channels_last(parts[-1]) and torch.is_grad_enabled():
+        return _Join.apply(*parts)
+    return torch.cat([*parts], dim=1)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[1] for part in parts]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(_in_channels_last, grad.split(ctx.sizes, dim=1)))
+
+
+def leave(x: Tensor, contiguous: bool) -> Tensor:
+    """`x` as the network hands it out, contiguous if asked for, with a gradient in its own layout.
+
+    A neck or a mean hands back a contiguous gradient for a channels_last feature map. Left so, it
+    runs through every block of the stage beside gradients in channels_last, and each norm and each
+    sum computes with two layouts, several times slower.
+    """
+    if not (x.requires_grad and runs_eagerly() and is_channels_last(x)):
+        return x.contiguous() if contiguous else x
+    if contiguous:
+        return _Contiguous.apply(x)
+    # Not a function that returns a view: what follows may change the feature map in place.
+    x.register_hook(_in_channels_last)
+    return x
+
+
+def _in_channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Contiguous(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _in_channels_last(grad)
 
 
 def upsample(x: Tensor, size: Sequence[int], mode: str) -> Tensor:

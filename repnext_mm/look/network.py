@@ -165,4 +165,5 @@ def untrained(backbone: nn.Module) -> nn.Module:
             reset = getattr(module, 'reset_parameters', None)
             if callable(reset):
                 reset()
-    return fresh.eval()
+    fresh.eval()  # that of mm's ResNet returns nothing
+    return fresh

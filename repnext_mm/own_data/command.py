@@ -18,6 +18,7 @@ from ..datasets.folders.splitting import split_examples
 from ..engine.cli import Trained, run_command, train, train_parser
 from ..engine.errors import UserError, is_first
 from ..engine.progress import known_metrics
+from ..files import FULL
 from ..program import command
 from ..text import closest, printable
 from .config import Plan, Weights, write_config
@@ -94,6 +95,8 @@ def _train(args: argparse.Namespace, typed: Sequence[str]) -> None:
     except ValueError as error:  # of a network's name, or a head without a light form
         raise UserError(str(error)) from error
     except OSError as error:
+        if error.errno in FULL:
+            raise  # it is said as everywhere
         raise UserError(f'the config cannot be written: {error}.') from error
     say(f'Wrote {path}.')
     if args.dry_run:
