@@ -109,6 +109,7 @@ def test_label_maps_are_compared() -> None:
     np.testing.assert_allclose(found.iou[:2], [170 / 190, 190 / 210])
     assert np.isnan(found.iou[2])
     assert found.border == 19 / 20
+    np.testing.assert_allclose(found.images[0], found.iou)
 
 
 # --- inside a network

@@ -20,13 +20,13 @@ class Pixels:
         classes: Names.
         confusion: `(C, C)` pixels by true and predicted class.
         border: Share of the wrong pixels that are near an edge of the truth.
-        images: mIoU of each image over the classes in it.
+        images: IoU of each image and class, `(C,)`; NaN where the class is not in the image.
     """
 
     classes: tuple[str, ...]
     confusion: np.ndarray
     border: float = float('nan')
-    images: list[float] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
 
     @property
     def iou(self) -> np.ndarray:
@@ -57,8 +57,7 @@ def compare_maps(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: Sequen
         confusion = confusion_of(truth, prediction, count)
         result.confusion += confusion
         present = confusion.sum(1) > 0
-        iou = iou_of(confusion)[present]
-        result.images.append(float(np.nanmean(iou)) if iou.size else float('nan'))
+        result.images.append(np.where(present, iou_of(confusion), np.nan))
         errors = (truth != prediction) & (truth < count)
         wrong += int(errors.sum())
         near += int((errors & _borders(truth)).sum())

@@ -346,15 +346,23 @@ def _segmentation(
     )
     page.section('Worst images')
     page.text('The truth at the left, the prediction at the right.', note=True)
-    ranked = sorted(range(len(examples)), key=lambda i: found.images[i])[:8]
+    means = [float(np.nanmean(row)) if np.isfinite(row).any() else 1.0 for row in found.images]
+    reasons: dict[int, list[str]] = {}
+    for i in sorted(range(len(examples)), key=lambda i: means[i])[:6]:
+        reasons.setdefault(i, []).append('lowest mIoU of all')
+    table = np.array(found.images)
+    for label in order[:8]:
+        worst = int(np.nanargmin(table[:, label]))
+        text = f'lowest IoU of {found.classes[label]} ({table[worst, label]:.2f})'
+        reasons.setdefault(worst, []).append(text)
     page.pictures(
         [
             (
                 f'worst_{number}',
                 _rgb(predictor, folder, examples[i], truths[i], results[i]),
-                f'{examples[i].file}: mIoU {found.images[i]:.3f} over its classes',
+                f'{examples[i].file}: mIoU {means[i]:.3f} over its classes; {", ".join(texts)}',
             )
-            for number, i in enumerate(ranked, 1)
+            for number, (i, texts) in enumerate(reasons.items(), 1)
         ],
         most=900,
     )
