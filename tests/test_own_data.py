@@ -328,9 +328,9 @@ FEWER = [
 ONE_SCALE = ['--cfg-options', 'train_dataloader.dataset.pipeline.2.ratio_range=(1.0,1.0)']
 ROADS = {
     # RTMDet, the first choice, needs 600 steps from random weights (docs/own_data.md).
-    'boxes': ['--head=faster_rcnn', '--size=160', '--lite', '--epochs=80', '--lr=0.001', *FEWER],
-    'polygons': ['--size=160', '--lite', '--epochs=100', '--lr=0.001', *FEWER],
-    'masks': ['--size=160', '--lite', '--epochs=150', '--lr=0.002', *ONE_SCALE],
+    'boxes': ['--head=faster_rcnn', '--size=160', '--lite', '--epochs=60', '--lr=0.001', *FEWER],
+    'polygons': ['--size=160', '--lite', '--epochs=75', '--lr=0.001', *FEWER],
+    'masks': ['--size=160', '--lite', '--epochs=100', '--lr=0.002', *ONE_SCALE],
     'classes': ['--size=96', '--epochs=40'],
 }
 REACHED = {
