@@ -359,6 +359,7 @@ def test_the_road_from_images_to_a_model_one_looks_at(
     assert 'Epoch(train)' in log
     best = next(work.glob('best_*.pth'))
     assert f'next: repnext-mm predict {best}' in output or str(best) in output
+    assert output.rstrip().endswith('--val-share 0')  # of the same images
     for name in ('curves.png', 'predictions.png'):
         assert (work / name).is_file()
     metric, least = REACHED[kind]

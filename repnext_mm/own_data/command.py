@@ -105,7 +105,7 @@ def _train(args: argparse.Namespace, typed: Sequence[str]) -> None:
     args.config, args.work_dir, args.epochs = str(path), str(plan.work_dir), None
     trained = train(args)
     if not args.check_only:
-        show(trained, plan)
+        show(trained, plan, _split_options(args))
 
 
 def _is_data(name: str) -> bool:
@@ -321,8 +321,14 @@ def _say_costs(head: str, network: str, classes: int, lite: bool, side: int) -> 
 # --- after
 
 
-def show(trained: Trained, plan: Plan) -> None:
-    """Print what was reached, draw curves and predictions, and name the next command."""
+def _split_options(args: argparse.Namespace) -> str:
+    """What was said of the splits, for a command that reads the folder again."""
+    share = '' if args.val_share is None else f' --val-share {args.val_share:g}'
+    return share + (f' --group-by {shlex.quote(args.group_by)}' if args.group_by else '')
+
+
+def show(trained: Trained, plan: Plan, split_options: str = '') -> None:
+    """Print what was reached, draw curves and predictions, and name the next commands."""
     from rich.console import Console
     from rich.table import Table
 
@@ -349,4 +355,4 @@ def show(trained: Trained, plan: Plan) -> None:
     quoted = shlex.quote(str(checkpoint))
     data = shlex.quote(str(plan.folder.root))
     say(f'next: {command("predict")} {quoted} {data} --out predictions')
-    say(f'      {command("look")} {quoted} {data}')
+    say(f'      {command("look")} {quoted} {data}{split_options}')
