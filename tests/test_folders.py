@@ -311,7 +311,7 @@ def test_images_that_are_set_aside() -> None:
             split_examples(examples, 0.2, group_by)
 
 
-@pytest.mark.parametrize('name', ['coco', 'yolo', 'pascal_voc'])
+@pytest.mark.parametrize('name', ['coco', 'yolo', 'pascal_voc', 'labelme'])
 def test_what_another_library_writes_is_read(
     name: str, real: LabeledFolder, tmp_path: Path
 ) -> None:
@@ -333,6 +333,8 @@ def test_what_another_library_writes_is_read(
         dataset.as_coco(images_directory_path=str(tmp_path / 'train'), annotations_path=str(file))
     elif name == 'yolo':
         dataset.as_yolo(str(images), str(labels_dir), str(tmp_path / 'data.yaml'))
+    elif name == 'labelme':
+        dataset.as_labelme(str(tmp_path), str(tmp_path))
     else:
         dataset.as_pascal_voc(str(tmp_path / 'JPEGImages'), str(tmp_path / 'Annotations'))
     folder = read_folder(tmp_path)
