@@ -100,6 +100,15 @@ def lock_owner(path: str | Path) -> str:
         return 'unknown'
 
 
+def free_folder(asked: str | Path) -> Path:
+    """The folder, or the next of FOLDER_2, FOLDER_3 and so on, that is empty or not there."""
+    path, number = Path(asked), 1
+    while path.exists() and (not path.is_dir() or any(path.iterdir())):
+        number += 1
+        path = Path(asked).with_name(f'{Path(asked).name}_{number}')
+    return path
+
+
 def require_regular(path: str | Path) -> Path:
     """`path`, if it is a regular file: opening a pipe or a device could wait for ever.
 

@@ -126,7 +126,8 @@ def test_config_is_small_and_loads_published_weights_by_name(path: Path) -> None
     if 'shapes' in path.stem:
         assert backbone.get('init_cfg') is None  # from scratch
         return
-    assert len(path.read_text().splitlines()) <= 18
+    # Dense heads name the stages that they take, and RTMDet its width.
+    assert len(path.read_text().splitlines()) <= 15 + 3 * ('out_indices' in backbone)
     weights = PUBLISHED[backbone.init_cfg.checkpoint]
     assert (weights.family, weights.arch, weights.plan) == (backbone.type, backbone.arch, None)
     assert f'next_{backbone.arch}_' in path.stem

@@ -20,9 +20,9 @@ from repnext_mm.datasets.folders import (
     read_folder,
     split_examples,
 )
-from repnext_mm.datasets.folders.labelme import run_lengths
 from repnext_mm.datasets.folders.masks import must_convert, read_indices, write_index_masks
 from repnext_mm.datasets.folders.records import coco_record
+from repnext_mm.runtimes.predictor import run_lengths
 
 
 @pytest.fixture(scope='module')

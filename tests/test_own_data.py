@@ -251,6 +251,8 @@ def test_wrong_input_is_one_sentence(
         'counts epochs; give --epochs': [boxes, '--iters=3', *none],
         'write it with --dry-run': [boxes, '--launcher=pytorch', *none],
         '--head is for a folder of images': ['mask_rcnn_repnext_m0_coco', '--head=rtmdet'],
+        '--val-share is for a folder': ['mask_rcnn_repnext_m0_coco', '--val-share=0'],
+        '--lr 0 must be above 0': [boxes, '--lr=0', *none],
         'no labels of the format coco': [boxes, '--format=coco', *none],
     }.items():
         assert said in fails(capsys, *command), said

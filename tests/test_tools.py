@@ -242,7 +242,7 @@ def test_help_names_the_defaults(capsys: pytest.CaptureFixture) -> None:
             tool(['--help'])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        for option in ('--work-dir', '--cfg-options', '--launcher', '(default: '):
+        for option in ('--work-dir', '--cfg-options', '--launcher', '--local-rank', '(default: '):
             assert option in text
 
 

@@ -219,7 +219,9 @@ def _parser(tool: str, description: str) -> argparse.ArgumentParser:
         metavar='NAME',
         help='of several processes: pytorch, slurm or mpi',
     )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by launchers'
+    )
     return parser
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmengine.registry import DefaultScope
 from ..datasets.folders import DataError, Example, LabeledFolder, read_folder, split_examples
 from ..engine.errors import UserError, run_tool, sigterm_raises
 from ..engine.inference import Result, TrainedModel
+from ..files import free_folder
 from ..prediction.outputs import beside
 from ..prediction.predictor import Predictor
 from ..prediction.truth import truth_of
@@ -104,7 +105,7 @@ def look(args: argparse.Namespace) -> Path:
     examples = splits[split][: args.limit]
     checkpoint = Path(args.checkpoint)
     page = Page(
-        _free(args.out or checkpoint.parent / 'look'),
+        free_folder(args.out or checkpoint.parent / 'look'),
         f'{checkpoint.name} on {folder.root.resolve().name}',
         f'{folder.format}; evaluated on {len(examples)} images of {split}; {trained.task}; '
         f'{len(predictor.classes)} classes.',
@@ -124,14 +125,6 @@ def look(args: argparse.Namespace) -> Path:
     _fields(page, trained, folder, examples, args.against)
     _data(page, folder, {k: v for k, v in splits.items() if k in ('train', 'val')})
     return page.write()
-
-
-def _free(folder: Path) -> Path:
-    for number in count(1):
-        path = folder if number == 1 else folder.with_name(f'{folder.name}_{number}')
-        if not path.exists():
-            return path
-    raise AssertionError('numbers are endless')
 
 
 def _track(items: Sequence[Any], title: str) -> Iterable[Any]:
@@ -186,7 +179,7 @@ def _detection(
     masks = folder.kind == 'polygons' and any('masks' in result for result in results)
     scenes = []
     for example, truth, result in zip(examples, truths, results, strict=True):
-        crowds = _crowds(folder, example, predictor, masks)
+        crowds = _crowds(folder, example, predictor)
         scenes.append(Scene((example.height, example.width), truth, crowds, result))
     evaluation = evaluate(scenes, predictor.classes, SHOWN, masks)
     page.section('Precision')
@@ -225,16 +218,10 @@ def _detection(
     _worst_detections(page, predictor, folder, examples, truths, results, evaluation)
 
 
-def _crowds(folder: LabeledFolder, example: Example, predictor: Predictor, masks: bool) -> Result:
-    groups = [item for item in example.objects if item.crowd]
-    shown = Example(example.file, example.height, example.width, groups)
-    for item in groups:
-        item.crowd = False
-    try:
-        found = truth_of(folder, shown, predictor.classes)
-    finally:
-        for item in groups:
-            item.crowd = True
+def _crowds(folder: LabeledFolder, example: Example, predictor: Predictor) -> Result:
+    """Groups of objects, in the form of objects."""
+    groups = [replace(item, crowd=False) for item in example.objects if item.crowd]
+    found = truth_of(folder, replace(example, objects=groups), predictor.classes)
     found.pop('scores')
     return found
 
@@ -279,15 +266,29 @@ def _worst_detections(
     if not reasons:
         page.text('No image has an error.')
         return
+    captions = {i: f'{", ".join(texts)}; {_listed(errors[i])}' for i, texts in reasons.items()}
+    _show_beside(page, predictor, folder, examples, truths, results, captions)
+
+
+def _show_beside(
+    page: Page,
+    predictor: Predictor,
+    folder: LabeledFolder,
+    examples: Sequence[Example],
+    truths: Sequence[Result],
+    results: Sequence[Result],
+    captions: Mapping[int, str],
+) -> None:
+    """Pictures of the images that have a caption."""
     page.text('The truth at the left, the prediction at the right.', note=True)
     page.pictures(
         [
             (
                 f'worst_{number}',
                 _rgb(predictor, folder, examples[i], truths[i], results[i]),
-                f'{examples[i].file}: {", ".join(texts)}; {_listed(errors[i])}',
+                f'{examples[i].file}: {caption}',
             )
-            for number, (i, texts) in enumerate(reasons.items(), 1)
+            for number, (i, caption) in enumerate(captions.items(), 1)
         ],
         most=900,
     )
@@ -345,7 +346,6 @@ def _segmentation(
         'Pixels by class',
     )
     page.section('Worst images')
-    page.text('The truth at the left, the prediction at the right.', note=True)
     means = [float(np.nanmean(row)) if np.isfinite(row).any() else 1.0 for row in found.images]
     reasons: dict[int, list[str]] = {}
     for i in sorted(range(len(examples)), key=lambda i: means[i])[:6]:
@@ -355,17 +355,11 @@ def _segmentation(
         worst = int(np.nanargmin(table[:, label]))
         text = f'lowest IoU of {found.classes[label]} ({table[worst, label]:.2f})'
         reasons.setdefault(worst, []).append(text)
-    page.pictures(
-        [
-            (
-                f'worst_{number}',
-                _rgb(predictor, folder, examples[i], truths[i], results[i]),
-                f'{examples[i].file}: mIoU {means[i]:.3f} over its classes; {", ".join(texts)}',
-            )
-            for number, (i, texts) in enumerate(reasons.items(), 1)
-        ],
-        most=900,
-    )
+    captions = {
+        i: f'mIoU {means[i]:.3f} over its classes; {", ".join(texts)}'
+        for i, texts in reasons.items()
+    }
+    _show_beside(page, predictor, folder, examples, truths, results, captions)
 
 
 def _classification(

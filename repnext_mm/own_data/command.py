@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..datasets.folders.splitting import split_examples
 from ..engine.cli import Trained, run_command, train, train_parser
 from ..engine.errors import UserError, is_first
 from ..engine.progress import known_metrics
-from ..files import FULL
+from ..files import FULL, free_folder
 from ..program import command
 from ..text import closest, printable
 from .config import Plan, Weights, write_config
@@ -69,7 +68,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace, typed: Sequence[str]) -> None:
     if not _is_data(args.config):
-        if given := [name for name in OWN if getattr(args, name)]:
+        if given := [
+            k for k in OWN if getattr(args, k) is not None and getattr(args, k) is not False
+        ]:
             option = given[0].replace('_', '-')
             raise UserError(
                 f'--{option} is for a folder of images, and {args.config} is none; change the '
@@ -150,6 +151,8 @@ def make_plan(args: argparse.Namespace, typed: Sequence[str] = ()) -> Plan:
         raise UserError(
             f'--size {args.size} must be a multiple of 32; {round(args.size / 32) * 32} is near.'
         )
+    if args.lr is not None and not args.lr > 0:
+        raise UserError(f'--lr {args.lr:g} must be above 0.')
     chosen = choose(
         head, network, splits['train'], scratch, args.size, args.batch_size, args.epochs, args.lr
     )
@@ -161,25 +164,17 @@ def make_plan(args: argparse.Namespace, typed: Sequence[str] = ()) -> Plan:
         f'learning rate {chosen.lr.value:g}.'
     )
     asked = args.work_dir or str(Path('work_dirs', _run_name(folder, network, args)))
+    work_dir = free_folder(asked)  # a config that is there may have been changed
+    if work_dir != Path(asked):
+        say(f'{asked} contains another run, so this one writes to {work_dir}.')
     line = ' '.join(['repnext-mm train', *map(shlex.quote, typed)])
-    return Plan(folder, head, network, args.lite, weights, chosen, splits, _free(asked), line)
+    return Plan(folder, head, network, args.lite, weights, chosen, splits, work_dir, line)
 
 
 def _run_name(folder: LabeledFolder, network: str, args: argparse.Namespace) -> str:
     stem = re.sub(r'[^\w-]+', '_', folder.root.resolve().name).strip('_') or 'data'
     parts = [stem, args.head or '', network, 'lite' if args.lite else '']
     return '_'.join(part for part in parts if part)
-
-
-def _free(asked: str) -> Path:
-    """The folder, or the next number without anything in it: a config may have been changed."""
-    for number in count(1):
-        path = Path(asked if number == 1 else f'{asked}_{number}')
-        if not path.exists() or not any(path.iterdir()):
-            if number > 1:
-                say(f'{asked} contains another run, so this one writes to {path}.')
-            return path
-    raise AssertionError('numbers are endless')
 
 
 def _choose_classes(folder: LabeledFolder, names: Sequence[str]) -> None:

@@ -350,7 +350,7 @@ def may_flip(classes: Sequence[str]) -> bool:
     """Whether a mirrored object is still of its class, as far as names say."""
     words = {word for name in classes for word in name.lower().replace('-', '_').split('_')}
     words |= {word for name in classes for word in name.lower().split()}
-    return not ({'left', 'right', 'b', 'd'} <= words or {'left', 'right'} & words)
+    return not {'left', 'right'} & words
 
 
 def _model(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from ..datasets.folders import DataError, Example, LabeledFolder, read_folder
 from ..engine.errors import UserError, run_tool, sigterm_raises
 from ..engine.inference import Result
+from ..files import free_folder
 from ..program import HelpFormatter, program
 from ..runtimes.predictor import as_record
 from ..text import closest, printable
@@ -172,12 +173,7 @@ def _target(out: Path | None, sources: Sequence[Source]) -> tuple[Path, Path | N
         if out.resolve() in inputs:
             raise UserError(f'--out {out} is one of the images; give another name.')
         return out.parent, out
-    for number in count(1):
-        path = out if number == 1 else out.with_name(f'{out.name}_{number}')
-        if not path.exists():
-            break
-        if path.is_dir() and not any(path.iterdir()):
-            break
+    path = free_folder(out)
     if path != out:
         print(f'{out} has files already, so this run writes to {path}.')
     return path, None

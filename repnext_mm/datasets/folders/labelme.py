@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...runtimes.predictor import run_lengths
 from .records import (
     DataError,
     Example,
@@ -163,8 +164,8 @@ def _outline(path: Path, shape: Any, kind: str, points: Any, size: tuple[int, in
     return None
 
 
-def _mask(path: Path, shape: Any, points: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """The run lengths of a mask, which is stored as a picture of its box."""
+def _mask(path: Path, shape: Any, points: Any, size: tuple[int, int]) -> dict[str, Any] | None:
+    """The run lengths of a mask, which is stored as a picture of its box; None if it is empty."""
     import base64
     import io
 
@@ -173,22 +174,14 @@ def _mask(path: Path, shape: Any, points: Any, size: tuple[int, int]) -> dict[st
 
     with Image.open(io.BytesIO(base64.b64decode(shape['mask']))) as picture:
         inside = np.asarray(picture) > 0
+    if not inside.any():
+        return None
     full = np.zeros(size, bool)
     x, y = (round(value) for value in points[0])
     if x < 0 or y < 0 or y + inside.shape[0] > size[0] or x + inside.shape[1] > size[1]:
         raise DataError(f'{path} has a mask beyond the edge of its image.')
     full[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
     return run_lengths(full)
-
-
-def run_lengths(mask: Any) -> dict[str, Any]:
-    """COCO's uncompressed encoding of a mask `(H, W)`: runs by column, of zeros first."""
-    import numpy as np
-
-    flat = np.asarray(mask, bool).reshape(-1, order='F')
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff([0, *changes, flat.size]).tolist()
-    return {'size': list(mask.shape), 'counts': [0, *counts] if flat[0] else counts}
 
 
 def _box(segmentation: Any) -> tuple[float, float, float, float]:
