@@ -33,9 +33,9 @@ from repnext_mm.deploy import quantize as quantizing
 from repnext_mm.deploy.calibration import calibration_images
 from repnext_mm.deploy.errors import ParityError, UsageError
 from repnext_mm.deploy.quantize import HELD_OUT, QuantizationReport, TaskMetric, quantize
-from repnext_mm.deploy.quantizers import quantizer_for
 from repnext_mm.deploy.source import load_source
 from repnext_mm.engine.cli import evaluate_main
+from repnext_mm.reparam import equalize
 from repnext_mm.runtimes import open_artifact
 
 SIZE = (64, 64)
@@ -69,8 +69,8 @@ def with_outlier() -> PyramidBackbone:
     return model
 
 
-def export(model: PyramidBackbone, runtime: str, folder: Path) -> Path:
-    metadata = {'family': 'RepNeXt', 'dtype': 'fp32', 'out_indices': [0, 1, 2, 3]}
+def export(model: PyramidBackbone, runtime: str, folder: Path, **more: Any) -> Path:
+    metadata = {'family': 'RepNeXt', 'dtype': 'fp32', 'out_indices': [0, 1, 2, 3], **more}
     exports.write(exports.job(model, SIZE, metadata), folder / FILES[runtime])
     return folder / FILES[runtime]
 
@@ -150,7 +150,7 @@ def test_one_broken_layer_stays_in_float(
 ) -> None:
     source = export(with_outlier(), runtime, tmp_path)
     out = tmp_path / f'int8{source.suffix}'
-    report = quantize(source, out, photos, equalize=False)
+    report = quantize(source, out, photos)
     assert report.equalized == 0
     assert len(report.kept_float) == 1
     assert next(iter(report.damage_db)) == report.kept_float[0]
@@ -160,28 +160,15 @@ def test_one_broken_layer_stays_in_float(
     assert int8_weights(out) == len(report.quantized)
     assert report.kept_float[0] in str(report)
 
-    mended = quantize(source, tmp_path / f'equal{source.suffix}', photos)
+    model = with_outlier()
+    names = equalize(model, [torch.from_numpy(image) for image in photos[:4]])
+    equal = tmp_path / 'equal'
+    equal.mkdir()
+    source = export(model, runtime, equal, equalized=len(names))
+    mended = quantize(source, tmp_path / f'mended{source.suffix}', photos)
     assert mended.kept_float == []
-    assert mended.equalized > 4
+    assert mended.equalized == len(names) > 4
     assert min(mended.stages_db.values()) > 25
-
-
-@runtimes
-def test_equal_ranges_change_nothing_in_float(
-    runtime: str, artifact: Any, photos: Sequence[np.ndarray], tmp_path: Path
-) -> None:
-    quantizer = quantizer_for(artifact(runtime), tmp_path, 'minmax', True)
-    movable = [name for name in quantizer.convolutions() if len(quantizer.parts(name)) == 4]
-    last = [movable[-1]]
-    before = quantizer.inputs(last, photos[0])[0]
-    assert quantizer.equalize(photos[:2]) > 4
-    after = quantizer.inputs(last, photos[0])[0]
-    factor = np.abs(after).max(axis=(0, 2, 3)) / np.abs(before).max(axis=(0, 2, 3))
-    channels = len(factor)
-    assert np.allclose(factor[: channels // 4], 1, rtol=1e-3)  # passed on as they are
-    assert not np.allclose(factor[channels // 4 :], 1, rtol=0.1)
-    scaled = before * factor[None, :, None, None]
-    np.testing.assert_allclose(after, scaled, atol=1e-4 * np.abs(after).max())
 
 
 def numbered(layer: str) -> str:

@@ -16,7 +16,6 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
@@ -322,7 +321,7 @@ class CoreML(Format):
     def export(self, job: Job, path: Path) -> None:
         import coremltools as ct
 
-        job = replace(job, target=job.target.for_format(self.name))
+        job = job.for_format(self.name)
         # Keeps linear attention in float32, as PyTorch does: in half precision its sums lose too
         # much.
         half = ct.transform.FP16ComputePrecision(op_selector=_takes_float16)
@@ -381,7 +380,7 @@ class TorchScript(Format):
     is_code = True
 
     def export(self, job: Job, path: Path) -> None:
-        job = replace(job, target=job.target.for_format(self.name))
+        job = job.for_format(self.name)
         module = torch.jit.freeze(trace(job))
         with in_memory(path) as buffer:
             torch.jit.save(module, buffer, _extra_files={METADATA_KEY: job.metadata_text})

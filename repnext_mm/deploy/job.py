@@ -6,7 +6,7 @@ import ast
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,19 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     _programs: dict[tuple[str, str], ExportedProgram] = field(default_factory=dict, repr=False)
     _onnx: dict[tuple[str, int], bytes] = field(default_factory=dict, repr=False)
+
+    def of(self, target: Target, **changes: Any) -> Job:
+        """The same job of another target, which nothing is traced of yet."""
+        return replace(self, target=target, _programs={}, _onnx={}, **changes)
+
+    def for_format(self, name: str) -> Job:
+        """This job with the target as a format takes it."""
+        target = self.target.for_format(name)
+        if target is self.target:
+            return self
+        job = self.of(target)
+        job.metadata = job.metadata | {'inputs': job.input_names}
+        return job
 
     def module(self, dtype: str | None = None) -> Target:
         """The target in the dtype of the job or the one asked for."""

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..complexity import count_macs, count_parameters
 from ..engine.errors import UserError
 from ..engine.quiet import muffled
 from ..network import Network, Plan
-from ..reparam import prove, reparameterize
+from ..reparam import equalize, prove, reparameterize
 from ..reparam.fusion import INEXACT
 from ..reparam.verify import noise
 from ..runtimes import ArtifactError, open_artifact, unpadded
@@ -89,6 +89,8 @@ WHY: dict[Plan, str] = {
     'upstream': 'as the published code fuses; each block keeps a BatchNorm',
     'single': 'one depthwise convolution per token mixer',
 }
+#: Images that ranges of channels are made equal on, for int8.
+EQUALIZE_IMAGES = 32
 #: The open dimensions that a complete model is given where none are named, the most first.
 MOST_OPEN = ('batch-hw', 'hw', 'batch', 'none')
 
@@ -107,6 +109,7 @@ class Export:
         self.source, self.options, self.folder, self.log = source, options, folder, log
         self.report = Report(folder, _empty_record())
         self.failed: list[tuple[str, Exception]] = []
+        self.equalized: dict[Any, Job] = {}
         self.complete = source.scope == 'model'
         self.sizes = options.sizes or [source.size]
         self._check_combinations()
@@ -287,11 +290,7 @@ class Export:
             if key not in jobs:
                 jobs[key] = self._job(size, *key)
             job = jobs[key]
-            target = job.target.for_format(row.name)
-            if target is not job.target:
-                metadata = job.metadata | {'inputs': replace(job, target=target).input_names}
-                job = replace(job, target=target, metadata=metadata)
-            pairs.append((row, job))
+            pairs.append((row, job.for_format(row.name)))
         return pairs
 
     def _job(self, size: tuple[int, int], dtype: str, plan: Plan, dynamic: str) -> Job:
@@ -636,10 +635,9 @@ class Export:
             with muffled():
                 row.export(job, written)
             return None
-        metadata = job.metadata | {'dtype': 'fp32'}
         full = written.with_name(f'fp32{row.suffix}')
         with muffled():
-            row.export(replace(job, dtype='fp32', metadata=metadata), full)
+            row.export(self._equalized(job).for_format(row.name), full)
         metric = None
         if self.options.max_drop is not None:
             metric = self._task_metric()
@@ -652,6 +650,20 @@ class Export:
             say=lambda text: self.say(f'      {text}'),
         )
         return report.as_record()
+
+    def _equalized(self, job: Job) -> Job:
+        """The job in float32, with equal ranges where a convolution reads; traced once as well."""
+        key = job.size, job.metadata['plan'], job.dynamic
+        if key not in self.equalized:
+            model = copy.deepcopy(self.fused[job.metadata['plan']])
+            target = self._target(model).eval()
+            pictures = self._calibration(job, job.size)[HELD_OUT : HELD_OUT + EQUALIZE_IMAGES]
+            images = [target.prepared(torch.from_numpy(picture)) for picture in pictures]
+            networks = [module for module in model.modules() if isinstance(module, Network)]
+            layers = [name for network in networks for name in equalize(network, images)]
+            metadata = job.metadata | {'dtype': 'fp32', 'equalized': len(layers)}
+            self.equalized[key] = job.of(target, dtype='fp32', metadata=metadata)
+        return self.equalized[key]
 
     def _task_metric(self) -> TaskMetric:
         config, checkpoint = self.source.config, self.source.checkpoint

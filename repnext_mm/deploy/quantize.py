@@ -33,8 +33,6 @@ from .quantizers import CALIBRATORS, Quantizer, quantizer_for
 HELD_OUT = 8
 #: More than this share of the layers in float, and there is nothing left to gain from int8.
 MOST_FLOAT = 0.5
-#: Images that ranges of channels are made equal on.
-EQUALIZE_IMAGES = 32
 
 
 @dataclass
@@ -47,7 +45,8 @@ class QuantizationReport:
         images: Number of images calibrated on.
         held_out: Number of other images compared on.
         reduced_range: Whether weights use 7 of the 8 bits.
-        equalized: Number of layers whose input channels were brought to one range.
+        equalized: Number of layers whose input channels were brought to one range
+            before the export.
         quantized: Layers in int8.
         kept_float: Layers that would not pass a gate in int8, worst first.
         damage_db: For each layer that was tried alone, the signal-to-noise ratio of the stage
@@ -166,7 +165,6 @@ def quantize(
     metric: Metric | None = None,
     calibrator: str = 'minmax',
     reduce_range: bool | None = None,
-    equalize: bool = True,
     keep_float: Collection[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> QuantizationReport:
@@ -184,7 +182,6 @@ def quantize(
         calibrator: How ranges come from values: 'minmax', 'percentile', or 'entropy' (ONNX).
         reduce_range: Use 7 bits for weights, without which processors that have no VNNI
             instructions overflow; None asks the processor at hand.
-        equalize: Bring channels to one range where that changes nothing in float.
         keep_float: Names of layers to leave in float from the start.
         say: Takes lines about the progress.
 
@@ -214,6 +211,7 @@ def quantize(
             gate_db=gate_db,
         )
         metadata = opened.metadata
+    report.equalized = metadata.get('equalized', 0)
     if report.images < ENOUGH_IMAGES:
         report.warnings.append(
             f'calibrated on {report.images} images; {ENOUGH_IMAGES} or more have ranges that '
@@ -237,10 +235,7 @@ def quantize(
         if not set(quantizer.layers) - set(keep_float):
             raise UsageError(f'{source} has no layer left that could be put into int8.')
         say(f'Calibrating {len(quantizer.layers)} layers on {report.images} images')
-        rest = images[HELD_OUT:]
-        if equalize:
-            report.equalized = quantizer.equalize(rest[:EQUALIZE_IMAGES])
-        quantizer.calibrate(rest)
+        quantizer.calibrate(images[HELD_OUT:])
         _Search(quantizer, reference, report, metric, say).run(list(keep_float))
         report.seconds = round(time.perf_counter() - start, 1)
         record = {k: v for k, v in report.as_record().items() if k not in ('artifact', 'out')}

@@ -3,11 +3,6 @@
 The layers are convolutions: weights in int8 with one scale per output channel, activations in
 uint8 with one scale per tensor, ranges from images. Everything else stays in float: activation
 functions, shortcuts, resizes, linear attention.
-
-One scale for all of a tensor wastes bits where channels differ in range. Where a convolution reads
-what other convolutions alone write, ranges are made equal first: each channel is multiplied by a
-factor in the weights before and divided by it in the weights after, which changes nothing in
-float.
 """
 
 from __future__ import annotations
@@ -34,7 +29,6 @@ PERCENTILE = 99.99
 #: OpenVINO computes in bfloat16 where the processor can, unless its options say otherwise.
 FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
 INT8_PACKAGES = {'.onnx': ('onnx', 'onnxruntime'), '.xml': ('openvino', 'nncf')}
-LARGEST_FACTOR = 1000.0  # for one channel
 #: Images whose extremes of the layers' inputs are used to try layers alone.
 RANGE_IMAGES = 8
 
@@ -55,47 +49,6 @@ class Quantizer(ABC):
     def __init__(self, source: Path, folder: Path, calibrator: str, reduce_range: bool) -> None:
         self.source, self.folder = source, folder
         self.calibrator, self.reduce_range = calibrator, reduce_range
-
-    def equalize(self, images: Sequence[np.ndarray]) -> int:
-        """Bring the input channels of layers to one range; returns of how many layers."""
-        parts = {layer: self.parts(layer) for layer in self.convolutions()}
-        movable = {layer: found for layer, found in parts.items() if any(name for name, _ in found)}
-        peaks: dict[str, Any] = dict.fromkeys(movable, 0.0)
-        for image in images:
-            for layer, values in zip(movable, self.inputs([*movable], image), strict=True):
-                peaks[layer] = np.maximum(peaks[layer], np.abs(values).max(axis=(0, 2, 3)))
-        for layer, found in movable.items():
-            widths = [width for _, width in found]
-            free = np.repeat([name is not None for name, _ in found], widths)
-            peak = peaks[layer]
-            # The range of the channels that cannot be scaled, for it stays.
-            target = max(float((peak if free.all() else peak[~free]).max()), 1e-6)
-            factor = np.where(free, target / np.maximum(peak, target / LARGEST_FACTOR), 1.0)
-            for (name, _), own in zip(found, np.split(factor, np.cumsum(widths)[:-1])):
-                if name is not None:
-                    self.scale(name, outputs=own)
-            self.scale(layer, inputs=1 / factor)
-        return len(movable)
-
-    @abstractmethod
-    def convolutions(self) -> list[str]:
-        """Names of all convolutions with weights of their own, in the graph's order."""
-
-    @abstractmethod
-    def parts(self, layer: str) -> list[tuple[str | None, int]]:
-        """What a convolution reads: for each run of channels which other convolution writes it,
-        None where it is not a convolution or others read it too, and how many channels.
-        """
-
-    @abstractmethod
-    def inputs(self, layers: Sequence[str], image: np.ndarray) -> list[np.ndarray]:
-        """What these convolutions read, `(N, C, H, W)` each."""
-
-    @abstractmethod
-    def scale(
-        self, layer: str, *, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None
-    ) -> None:
-        """Multiply the weights along input channels, or weights and bias along output channels."""
 
     @abstractmethod
     def calibrate(self, images: Sequence[np.ndarray]) -> None:
@@ -128,92 +81,33 @@ class OnnxQuantizer(Quantizer):
         self.result = self.file = folder / 'int8.onnx'
         self.model = onnx.shape_inference.infer_shapes(onnx.load(source))
         graph = self.model.graph
-        self.weights = {initializer.name: initializer for initializer in graph.initializer}
-        self.watched: list[str] = []
-        self.readers = Counter(name for node in graph.node for name in node.input)
-        self.readers.update(output.name for output in graph.output)
-        self.writers = {name: node for node in graph.node for name in node.output}
-        self.channels = {v.name: v.type.tensor_type.shape for v in graph.value_info}
+        weights = {initializer.name: initializer for initializer in graph.initializer}
+        computed = {name for node in graph.node for name in node.output}
+        readers = Counter(name for node in graph.node for name in node.input)
         self.nodes = {
             _layer_name(node.input[1]): node
             for node in graph.node
-            if node.op_type == 'Conv' and self.readers[node.input[1]] == 1
+            if node.op_type == 'Conv' and readers[node.input[1]] == 1
         }
         self.layers = [
             layer
             for layer, node in self.nodes.items()
-            if node.input[0] in self.writers  # not the image
-            and self.weights[node.input[1]].dims[1] > 1  # channels per group
+            if node.input[0] in computed  # not the image
+            and weights[node.input[1]].dims[1] > 1  # channels per group
         ]
-
-    def convolutions(self) -> list[str]:
-        return [*self.nodes]
-
-    def parts(self, layer: str) -> list[tuple[str | None, int]]:
-        source = self.nodes[layer].input[0]
-        writer = self.writers.get(source)
-        if writer is None or self.readers[source] > 1:
-            return []
-        names = writer.input if writer.op_type == 'Concat' else [source]
-        found: list[tuple[str | None, int]] = []
-        for name in names:
-            before = self.writers.get(name)
-            conv = _layer_name(before.input[1]) if before and before.op_type == 'Conv' else None
-            movable = conv in self.nodes and self.readers[name] == 1
-            found.append((conv if movable else None, self.channels[name].dim[1].dim_value))
-        return found
-
-    def inputs(self, layers: Sequence[str], image: np.ndarray) -> list[np.ndarray]:
-        import onnx
-        import onnxruntime
-
-        names = [self.nodes[layer].input[0] for layer in layers]
-        if self.watched != names:
-            model = onnx.ModelProto()
-            model.CopyFrom(self.model)
-            for name in names:
-                model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-            self.watching = onnxruntime.InferenceSession(
-                model.SerializeToString(), providers=['CPUExecutionProvider']
-            )
-            self.watched = names
-        return self.watching.run(names, self._feed(image))
-
-    def scale(
-        self, layer: str, *, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None
-    ) -> None:
-        from onnx import numpy_helper
-
-        self.watched = []
-        node = self.nodes[layer]
-        names = node.input[1:] if outputs is not None else node.input[1:2]
-        for name in names:
-            tensor = self.weights[name]
-            value = numpy_helper.to_array(tensor)
-            if outputs is not None:
-                value = value * outputs.reshape(-1, *[1] * (value.ndim - 1))
-            if inputs is not None:
-                # Each group of a grouped convolution reads channels of its own.
-                per_group = inputs.reshape(-1, value.shape[1])
-                rows = np.repeat(per_group, len(value) // len(per_group), axis=0)
-                value = value * rows[:, :, None, None]
-            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
 
     def _feed(self, image: np.ndarray) -> dict[str, np.ndarray]:
         names = [given.name for given in self.model.graph.input]
         return unpadded(names, image.repeat(_batch(self.model), axis=0))
 
     def calibrate(self, images: Sequence[np.ndarray]) -> None:
-        import onnx
         from onnxruntime import quantization
         from onnxruntime.quantization.calibrate import create_calibrator
 
         names = {'minmax': 'MinMax', 'percentile': 'Percentile', 'entropy': 'Entropy'}
         percentile = {'percentile': PERCENTILE} if self.calibrator == 'percentile' else {}
-        equalized = self.folder / 'float.onnx'
-        onnx.save(self.model, equalized)
         calibrator = create_calibrator(
-            equalized,
+            self.source,
             ['Conv'],
             augmented_model_path=str(self.folder / 'augmented.onnx'),
             calibrate_method=quantization.CalibrationMethod[names[self.calibrator]],
@@ -297,70 +191,8 @@ class OpenVINOQuantizer(Quantizer):
         names = (op.get_friendly_name() for op in self.model.get_ordered_ops())
         self.after = [name for name in names if name.split(IN_PART)[0] in AFTER_NETWORK]
         self.layers = [*self.nodes]
-        self.compiled: tuple[Sequence[str], Any] = ((), None)
         shape = self.model.inputs[0].get_partial_shape()
         self.batch = shape[0].get_length() if shape[0].is_static else 1
-
-    def convolutions(self) -> list[str]:
-        return [layer for layer in self.layers if self._own_weights(layer)]
-
-    def _own_weights(self, layer: str) -> bool:
-        weight = self._find(self.model, layer).input_value(1)
-        return weight.get_node().get_type_name() == 'Constant' and _readers(weight) == 1
-
-    def parts(self, layer: str) -> list[tuple[str | None, int]]:
-        source = self._find(self.model, layer).input_value(0)
-        if _readers(source) > 1:
-            return []
-        writer = source.get_node()
-        joined = writer.get_type_name() == 'Concat'
-        outputs = writer.input_values() if joined else [source]
-        return [
-            (self._written_by(output), output.get_partial_shape()[1].get_length())
-            for output in outputs
-        ]
-
-    def _written_by(self, output: Any) -> str | None:
-        """The convolution whose sum with its bias this is, if no one else reads it."""
-        add = output.get_node()
-        if add.get_type_name() != 'Add' or _readers(output) > 1:
-            return None
-        conv, bias = (add.input_value(i) for i in range(2))
-        layer = _layer_name(conv.get_node().get_friendly_name())
-        alone = _readers(conv) == _readers(bias) == 1
-        if layer not in self.nodes or bias.get_node().get_type_name() != 'Constant' or not alone:
-            return None
-        return layer if self._own_weights(layer) else None
-
-    def inputs(self, layers: Sequence[str], image: np.ndarray) -> list[np.ndarray]:
-        import openvino
-
-        if self.compiled[0] != layers:
-            model = self.model.clone()
-            found = [self._find(model, layer).input_value(0) for layer in layers]
-            watched = openvino.Model(found, model.get_parameters(), 'watched')
-            self.compiled = layers, openvino_core().compile_model(watched, 'CPU', FLOAT32)
-        results = self.compiled[1](self._feed(image))
-        return [results[i] for i in range(len(layers))]
-
-    def scale(
-        self, layer: str, *, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None
-    ) -> None:
-        self.compiled = (), None
-        conv = self._find(self.model, layer)
-        weight = conv.input_value(1).get_node().data.copy()
-        shape = weight.shape
-        # GroupConvolution's weights have the group in front of the output channel.
-        groups = shape[0] if conv.get_type_name() == 'GroupConvolution' else 1
-        weight = weight.reshape(groups, -1, *shape[-3:])
-        if inputs is not None:
-            weight = weight * inputs.reshape(groups, 1, -1, 1, 1)
-        if outputs is not None:
-            weight = weight * outputs.reshape(groups, -1, 1, 1, 1)
-            add = next(iter(conv.output(0).get_target_inputs())).get_node()
-            bias = add.input_value(1).get_node().data
-            _put(add, bias * outputs.reshape(1, -1, 1, 1))
-        _put(conv, weight.reshape(shape))
 
     def calibrate(self, images: Sequence[np.ndarray]) -> None:
         self.images = images
@@ -425,9 +257,17 @@ class OpenVINOQuantizer(Quantizer):
 
     def _measure_ranges(self) -> None:
         """Extremes of every layer's input, of as many images as are compared on."""
-        for i in range(min(RANGE_IMAGES, len(self.images))):
-            for layer, value in zip(self.layers, self.inputs(self.layers, self.images[i])):
+        import openvino
+
+        model = self.model.clone()
+        inputs = [self._find(model, layer).input_value(0) for layer in self.layers]
+        watched = openvino.Model(inputs, model.get_parameters(), 'watched')
+        compiled = openvino_core().compile_model(watched, 'CPU', FLOAT32)
+        for image in self.images[:RANGE_IMAGES]:
+            results = compiled(self._feed(image))
+            for i, layer in enumerate(self.layers):
                 low, high = self.ranges.get(layer, (0.0, 0.0))
+                value = results[i]
                 self.ranges[layer] = min(low, float(value.min())), max(high, float(value.max()))
 
     def _find(self, model: Any, layer: str) -> Any:
@@ -444,18 +284,6 @@ class OpenVINOQuantizer(Quantizer):
     def annotate(self, metadata: Mapping[str, Any]) -> None:
         self.written.set_rt_info(json.dumps(metadata), METADATA_KEY)
         self._save(self.written)
-
-
-def _readers(output: Any) -> int:
-    return len(output.get_target_inputs())
-
-
-def _put(op: Any, value: np.ndarray) -> None:
-    """Give a convolution other weights, or an addition another bias."""
-    from openvino import opset13 as ops
-
-    constant = ops.constant(np.ascontiguousarray(value, dtype=np.float32))
-    op.input(1).replace_source_output(constant.output(0))
 
 
 QUANTIZERS: dict[str, type[Quantizer]] = {'.onnx': OnnxQuantizer, '.xml': OpenVINOQuantizer}
