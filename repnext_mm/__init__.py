@@ -94,6 +94,7 @@ register_lazily(DATASETS, 'TimmDataset', '.classification.data')
 register_lazily(DATA_SAMPLERS, 'RepeatedAugmentation', '.classification.data')
 register_lazily(FUNCTIONS, 'seed_worker', '.classification.data')
 register_lazily(METRICS, 'TopK', '.classification.metrics')
+register_lazily(METRICS, 'FastCocoMetric', '.evaluation.coco')
 
 # An mmcv without its compiled operators uses ours.
 operators.activate()

@@ -28,7 +28,7 @@ LAYERS = (
     ('checkpoints', 'layers'),
     ('backbones',),
     ('optimization', 'runtimes', 'timm'),
-    ('datasets', 'classification'),
+    ('datasets', 'classification', 'evaluation'),
     ('engine',),
     ('visualization',),
     ('measure',),

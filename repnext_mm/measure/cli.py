@@ -14,7 +14,7 @@ from rich.console import Console
 from ..engine.errors import UserError, run_tool
 from ..program import program
 from ..text import parse_size
-from . import accuracy_picture, networks, throughput
+from . import accuracy_picture, evaluation, networks, throughput
 from .environment import summary
 from .rounds import Schedule
 from .tables import Record, remarks, show, show_operators, timing_table, write_json
@@ -30,6 +30,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         title = str(function.__doc__)
         add_arguments(name, _command(commands, name, title))
     add_throughput(commands)
+    add_evaluation(commands)
     add_picture(commands)
     return parser.parse_args(argv)
 
@@ -61,6 +62,20 @@ def add_throughput(commands: Any) -> None:
     add('--rounds', type=int, default=30, help='turns of each network, at most')
     add('--budget-s', type=float, default=300, help='bound for the time of the turns')
     add('--json', metavar='FILE', help='write the result; - prints nothing else')
+
+
+def add_evaluation(commands: Any) -> None:
+    title = "COCO's box and mask AP by FastCocoMetric against mmdet's CocoMetric."
+    command = _command(commands, 'evaluation', title)
+    defaults = evaluation.Settings()
+    for name in ('images', 'results', 'objects'):
+        of = '' if name == 'images' else ' of an image'
+        command.add_argument(
+            f'--{name}', type=int, default=getattr(defaults, name), help=f'number of {name}{of}'
+        )
+    command.add_argument('--rounds', type=int, default=6, help='turns of each, at most')
+    command.add_argument('--budget-s', type=float, default=300, help='bound for the turns')
+    command.add_argument('--json', metavar='FILE', help='write the result; - prints nothing else')
 
 
 def add_picture(commands: Any) -> None:
@@ -120,17 +135,18 @@ def measure(args: argparse.Namespace) -> None:
     if args.command == 'picture':
         print(f'Wrote {accuracy_picture.draw(args.result, args.out, args.metric)}.')
         return
-    if args.threads is not None:
+    if getattr(args, 'threads', None) is not None:
         if args.threads < 1:
             raise UserError(f'--threads {args.threads} must be at least 1.')
         torch.set_num_threads(args.threads)
     if args.json not in (None, '-') and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f'--json {args.json}: its folder does not exist; make it first.')
-    result = images_per_second(args) if args.command == 'throughput' else steps(args)
+    run, display = RUNS.get(args.command, (steps, show_result))
+    result = run(args)
     if args.json == '-':
         print(json.dumps(result))
         return
-    (show_throughput if args.command == 'throughput' else show_result)(result, console())
+    display(result, console())
     if args.json:
         write_json(result, Path(args.json))
         print(f'Wrote {args.json}.')
@@ -177,6 +193,12 @@ def steps(args: argparse.Namespace) -> Record:
     )
 
 
+def evaluations(args: argparse.Namespace) -> Record:
+    return evaluation.run(
+        evaluation.Settings(args.images, args.results, args.objects, _schedule(args))
+    )
+
+
 def console() -> Console:
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)  # a file or a pipe
@@ -202,8 +224,7 @@ def show_throughput(result: Record, console: Console) -> None:
         f'Noise floor: a ratio between {1 / limit:.3f} and {limit:.3f} says nothing.',
         highlight=False,
     )
-    if not result['load']['headline']:
-        console.print(f'[bold]Not for headlines:[/] {result["load"]["reason"]}.', highlight=False)
+    _show_load(result, console)
 
 
 def _per_image(row: Record) -> str:
@@ -213,6 +234,14 @@ def _per_image(row: Record) -> str:
     return f'{row["ratio_per_image"]:.3f} [{low:.3f}, {high:.3f}]'
 
 
+def show_evaluation(result: Record, console: Console) -> None:
+    console.print(summary(result['environment']), highlight=False)
+    settings = result['settings']
+    title = f'{settings["images"]} images of {settings["results"]} results'
+    show(result['comparison'], title, console)
+    _show_load(result, console)
+
+
 def show_result(result: Record, console: Console) -> None:
     console.print(summary(result['environment']), highlight=False)
     for comparison in result['comparisons']:
@@ -220,5 +249,16 @@ def show_result(result: Record, console: Console) -> None:
         show(comparison, f'{comparison["subject"]}, {size}, {result["settings"]["dtype"]}', console)
         for variant, operators in comparison.get('profiles', {}).items():
             show_operators(operators, f'{variant}: time by operator', console)
+    _show_load(result, console)
+
+
+def _show_load(result: Record, console: Console) -> None:
     if not result['load']['headline']:
         console.print(f'[bold]Not for headlines:[/] {result["load"]["reason"]}.', highlight=False)
+
+
+#: What measures and what shows a command that times no single network.
+RUNS = {
+    'throughput': (images_per_second, show_throughput),
+    'evaluation': (evaluations, show_evaluation),
+}

@@ -286,7 +286,7 @@ def _detection(plan: Plan) -> list[str]:
             assign(
                 f'{name}_evaluator',
                 dict(
-                    type='CocoMetric',
+                    type='FastCocoMetric',
                     ann_file=Code(f"annotations + '{split}.json'"),
                     metric=['bbox', 'segm'] if row.masks else 'bbox',
                 ),
