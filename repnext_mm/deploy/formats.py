@@ -224,7 +224,8 @@ class ONNX(Format):
 
         model = onnx.load_from_string(job.onnx())
         entry = model.metadata_props.add()
-        entry.key, entry.value = METADATA_KEY, job.metadata_text
+        entry.key = METADATA_KEY
+        entry.value = json.dumps(job.metadata | {'opset': job.opset})
         path.write_bytes(model.SerializeToString())
 
     def operations(self, path: Path) -> Counter[str]:

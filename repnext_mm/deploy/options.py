@@ -12,7 +12,7 @@ from ..network import PLANS
 from ..text import parse_size
 from .calibration import ENOUGH_IMAGES
 from .formats import DYNAMIC, FORMATS, Format, choose_formats
-from .job import IOS_TARGETS, OPSETS
+from .job import IOS_TARGETS, OPSET, OPSETS
 from .parity import TOLERANCES, Tolerance
 
 #: Signal-to-noise ratio in dB that every stage keeps in int8.
@@ -120,7 +120,7 @@ class Options:
     )
     opset: int | None = _option(
         None,
-        f'of ONNX (None: {OPSETS[0]}; from 20 on faster in ONNX Runtime)',
+        f'of ONNX (None: {OPSET}; 18 and 19 are for older runtimes, and slower)',
         type=int,
         choices=OPSETS,
     )
