@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from rich.console import Console
 from ..engine.errors import UserError, run_tool
 from ..program import program
 from ..text import parse_size
-from . import accuracy_picture, evaluation, networks, throughput
+from . import accuracy_picture, evaluation, networks, page, throughput
 from .environment import summary
 from .rounds import Schedule
 from .tables import Record, remarks, show, show_operators, timing_table, write_json
@@ -32,6 +34,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_throughput(commands)
     add_evaluation(commands)
     add_picture(commands)
+    add_page(commands)
+    add_compare(commands)
     return parser.parse_args(argv)
 
 
@@ -88,6 +92,23 @@ def add_picture(commands: Any) -> None:
     )
 
 
+def add_page(commands: Any) -> None:
+    title = 'Write one page of all results in a folder, with their pictures.'
+    command = _command(commands, 'page', title)
+    command.add_argument('folder', type=Path, help='with JSON results of this tool and of deploy')
+    command.add_argument('--out', type=Path, help='the page (None: README.md in the folder)')
+
+
+def add_compare(commands: Any) -> None:
+    title = 'Compare two results by ratio; exit code 1 where the later one is slower.'
+    command = _command(commands, 'compare', title)
+    command.add_argument('before', type=Path, help='an earlier JSON result')
+    command.add_argument('after', type=Path, help='a later one')
+    command.add_argument(
+        '--any-machine', action='store_true', help='even where they are of two machines'
+    )
+
+
 def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     size, batch = {'train-step': (512, 2), 'inference': (512, 1), 'layers': (64, 2)}[name]
     if name == 'layers':
@@ -128,12 +149,31 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm benchmark`; returns the exit code."""
     args = parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args.invocation = shlex.join([*program('benchmark').split(), *_arguments(given)])
     return run_tool(lambda: measure(args))
+
+
+def _arguments(given: Sequence[str]) -> list[str]:
+    """The arguments after the name of the tool, without where the result goes."""
+    rest = [*given]
+    rest = rest[1:] if rest[:1] == ['benchmark'] else rest
+    if '--json' in rest:
+        at = rest.index('--json')
+        del rest[at : at + 2]
+    return [each for each in rest if not each.startswith('--json=')]
 
 
 def measure(args: argparse.Namespace) -> None:
     if args.command == 'picture':
         print(f'Wrote {accuracy_picture.draw(args.result, args.out, args.metric)}.')
+        return
+    if args.command == 'page':
+        for path in page.write(args.folder, args.out or args.folder / 'README.md'):
+            print(f'Wrote {path}.')
+        return
+    if args.command == 'compare':
+        compare(args)
         return
     if getattr(args, 'threads', None) is not None:
         if args.threads < 1:
@@ -142,7 +182,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.json not in (None, '-') and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f'--json {args.json}: its folder does not exist; make it first.')
     run, display = RUNS.get(args.command, (steps, show_result))
-    result = run(args)
+    result = {**run(args), 'invocation': args.invocation}
     if args.json == '-':
         print(json.dumps(result))
         return
@@ -150,6 +190,30 @@ def measure(args: argparse.Namespace) -> None:
     if args.json:
         write_json(result, Path(args.json))
         print(f'Wrote {args.json}.')
+
+
+class SlowerError(UserError):
+    """A later result is slower than an earlier one."""
+
+    exit_code = 1
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print how two results differ.
+
+    Raises:
+        SlowerError: The later one is slower, beyond noise.
+    """
+    found = page.changes(page.read(args.before), page.read(args.after), args.any_machine)
+    names = ('variant', 'ratio before', 'ratio after', 'after / before', '')
+    columns = zip(*page.summarized(found))
+    console().print(timing_table([(n, [*column]) for n, column in zip(names, columns)]))
+    slower = [each for each in found if each.verdict == 'slower']
+    if slower:
+        all_slower = '; '.join(
+            f'{each.section}: {each.variant} ({each.after / each.before:.2f}x)' for each in slower
+        )
+        raise SlowerError(f'{args.after} is slower than {args.before} in {all_slower}.')
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
