@@ -35,7 +35,7 @@ from ..layers.blocks import (
     make_stages,
 )
 from ..layers.execution import FastLayer, are_hooked, run_in_float32
-from ..layers.fast import frozen_conv_norm
+from ..layers.fast import follow, frozen_conv_norm, join, leave, split
 from ..network import Plan
 from ..reparam import Fusible, Note, folding, kernels
 from .base import NUM_STAGES, PyramidBackbone
@@ -98,9 +98,11 @@ class LinearAttention(nn.Module):
 
     def attend(self, x: Tensor, qk: Tensor) -> Tensor:
         """Attend over `x` `(N, C, H, W)` with the stacked raw queries and keys `qk`."""
-        q, k = (F.elu(qk) + 1).flatten(2).unflatten(1, (2, self.heads, -1)).unbind(1)
-        v = x.flatten(2).unflatten(1, (self.heads, -1))
-        return linear_attention(q, k, v, self.order).flatten(1, 2).unflatten(-1, x.shape[2:])
+        # Flattened, all are contiguous; what comes before and after has one layout, its own.
+        q, k = leave(F.elu(qk) + 1, True).flatten(2).unflatten(1, (2, self.heads, -1)).unbind(1)
+        v = leave(x, True).flatten(2).unflatten(1, (self.heads, -1))
+        out = linear_attention(q, k, v, self.order).flatten(1, 2).unflatten(-1, x.shape[2:])
+        return follow(out, x)
 
     def extra_repr(self) -> str:
         return f'heads={self.heads}'
@@ -197,8 +199,8 @@ class PartialAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        attended, passed = x.split((self.width, (SPLIT - 1) * self.width), dim=1)
-        return torch.cat((self.attn(attended), passed), dim=1)
+        attended, passed = split(x, (self.width, (SPLIT - 1) * self.width))
+        return join((self.attn(follow(attended, x)), passed))
 
     def share(self, x: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what is `kept` with this mixer's attended channels added."""

@@ -307,6 +307,11 @@ def leave(x: Tensor, contiguous: bool) -> Tensor:
     return x
 
 
+def follow(x: Tensor, other: Tensor) -> Tensor:
+    """`x`, in channels_last and without gaps where `other` is in that layout."""
+    return _in_channels_last(x) if runs_eagerly() and is_channels_last(other) else x
+
+
 def _in_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
