@@ -26,6 +26,7 @@ from repnext_mm.deploy.targets import (  # noqa: E402
     SegmentorTarget,
     UnsupportedModel,
 )
+from repnext_mm.deploy.targets.heads import Atlas, RoIPooling  # noqa: E402
 from repnext_mm.engine.quiet import muffled  # noqa: E402
 from repnext_mm.reparam.convolution_norms import fold_convolution_norms  # noqa: E402
 from repnext_mm.runtimes import ArtifactError, open_artifact  # noqa: E402
@@ -149,14 +150,16 @@ def test_detections_are_those_of_predict(
             DetectorTarget(model, step, nms=nms)
         return
     target = DetectorTarget(model, step, nms=nms).eval()
-    with torch.no_grad():
-        outputs = target(images, sizes)
-    named = {name: out.numpy() for name, out in zip(target.output_names, outputs, strict=True)}
-    wanted = expected(model, step, images, sizes)
-    assert sum(len(each['scores']) for each in wanted) > 20
-    results = found(named, target, sizes)
-    # In any order where scores are equal.
-    apart = parity.difference(wanted, results)
+    assert (target.stages is not None) == ('R-CNN' in kind)
+    if target.stages is not None:
+        assert target.takes_atlas
+        assert not target.for_format('openvino').takes_atlas
+        apart = compared(target, model, step, images, sizes)[0]
+        assert apart.same == 3
+        assert apart.box_px < 1e-3  # the coordinates in an atlas are rounded otherwise
+        assert apart.score < 1e-5
+        target.takes_atlas = False
+    apart, wanted, results = compared(target, model, step, images, sizes)
     assert (apart.same, apart.box_px, apart.score) == (3, 0, 0)
     for one, other in zip(wanted, results, strict=True):
         np.testing.assert_array_equal(other['scores'], one['scores'])
@@ -164,6 +167,17 @@ def test_detections_are_those_of_predict(
         if 'masks' in one:
             different = (one['masks'] != other['masks'][:, : one['masks'].shape[1]]).sum()
             assert different <= 1e-4 * one['masks'].sum()
+
+
+def compared(target: Any, model: Any, step: Any, images: Tensor, sizes: Tensor) -> Any:
+    """How far what a target finds is from `predict`, in any order where scores are equal."""
+    with torch.no_grad():
+        outputs = target(images, sizes)
+    named = {name: out.numpy() for name, out in zip(target.output_names, outputs, strict=True)}
+    wanted = expected(model, step, images, sizes)
+    assert sum(len(each['scores']) for each in wanted) > 20
+    results = found(named, target, sizes)
+    return parity.difference(wanted, results), wanted, results
 
 
 @pytest.mark.parametrize('name, word', REFUSED.items())
@@ -385,3 +399,47 @@ def test_a_convolution_that_norms_share_is_copied() -> None:
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# --- RoIAlign over an atlas
+
+
+def extractor(aligned: bool = True) -> Any:
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+
+    return SingleRoIExtractor(
+        roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0, aligned=aligned),
+        out_channels=5,
+        featmap_strides=[4, 8, 16, 32],
+    )
+
+
+@pytest.mark.parametrize('height, width', [(64, 96), (224, 160), (608, 1024)])
+def test_an_atlas_pools_what_its_levels_do(height: int, width: int) -> None:
+    """Boxes of all sizes, at every edge, of no size and of all of the image."""
+    generator = torch.Generator().manual_seed(0)
+    levels = [
+        torch.randn(2, 5, height // s, width // s, generator=generator, dtype=torch.float64)
+        for s in (4, 8, 16, 32)
+    ]
+    sides = torch.tensor([width, height] * 2, dtype=torch.float64)
+    boxes = torch.rand(400, 4, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    boxes = torch.cat([boxes[:, :2].minimum(boxes[:, 2:]), boxes[:, :2].maximum(boxes[:, 2:])], 1)
+    special = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0.3, 0.3, 0.3, 0.9]])
+    boxes = torch.cat([boxes.clamp(0, 1), special.double()]) * sides
+    images = torch.arange(len(boxes)) % 2
+    pooling = RoIPooling(extractor())
+    assert pooling.takes_atlas
+    pooled = pooling(Atlas.of(levels), boxes, images)
+    exact = pooling(levels, boxes, images)
+    torch.testing.assert_close(pooled, exact, rtol=0, atol=1e-10)
+    assert len({*pooling_levels(boxes)}) >= {64: 1, 224: 2, 608: 4}[height]
+
+
+def pooling_levels(boxes: torch.Tensor) -> list[int]:
+    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    return (sides / 56 + 1e-6).log2().floor().clamp(0, 3).int().tolist()
+
+
+def test_who_takes_no_atlas() -> None:
+    assert not RoIPooling(extractor(aligned=False)).takes_atlas

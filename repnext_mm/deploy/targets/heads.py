@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from ...operators.suppression import ABSENT, PRESENT
@@ -369,8 +369,46 @@ def _nms(settings: Any, name: str) -> tuple[float, bool]:
 # --- second stages
 
 
+#: Pixels repeated around each level of an atlas, as far as RoIAlign looks beyond an edge.
+FRAME = 1
+
+
+@dataclass
+class Atlas:
+    """The levels of a pyramid in one feature map, for RoIAlign to run once instead of per level.
+
+    Attributes:
+        image: `(N, C, H, W)`: the levels from left to right, each with its edge repeated around it.
+        widths: Of each level, with its frame.
+    """
+
+    image: Tensor
+    widths: list[int]
+
+    @classmethod
+    def of(cls, levels: Sequence[Tensor]) -> Atlas:
+        height = levels[0].shape[2] + 2 * FRAME
+        pieces: list[Tensor] = []
+        widths = []
+        for level in levels:
+            n, channels, own, width = level.shape
+            rows = [level[:, :, :1], level, level[:, :, -1:]]
+            if pieces:  # the first is the tallest
+                rows.append(level.new_zeros((n, channels, height - own - 2 * FRAME, width)))
+            column = torch.cat(rows, 2)
+            pieces += [column[..., :1], column, column[..., -1:]]
+            widths.append(width + 2 * FRAME)
+        return cls(torch.cat(pieces, 3), widths)
+
+
 class RoIPooling(nn.Module):
-    """SingleRoIExtractor: every box pooled at the level of its size."""
+    """SingleRoIExtractor: every box pooled at the level of its size.
+
+    Attributes:
+        takes_atlas: Whether the levels are pooled alike, and no sample of a box inside the image is
+            further out than half a pixel. Without `aligned` a box has a pixel at least, beyond
+            the edge too, where RoIAlign finds zeros.
+    """
 
     def __init__(self, extractor: Any) -> None:
         super().__init__()
@@ -388,20 +426,34 @@ class RoIPooling(nn.Module):
             size = layer.output_size
             size = (size, size) if isinstance(size, int) else tuple(size)
             self.layers.append((size, layer.spatial_scale, layer.sampling_ratio, layer.aligned))
+        self.takes_atlas = len({(*rest, size) for size, _, *rest in self.layers}) == 1 and all(
+            aligned for *_, aligned in self.layers
+        )
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Sequence[Tensor] | Atlas, boxes: Tensor, images: Tensor) -> Tensor:
         """`(M, 4)` of `images (M,)` to `(M, C, size, size)`."""
+        from torchvision.ops import roi_align  # takes most of a second
+
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         level = torch.floor(torch.log2(area.sqrt() / self.finest + 1e-6))
         level = level.clamp(0, len(self.layers) - 1)
         images = images.to(boxes)[:, None]
+        if isinstance(features, Atlas):
+            size, _, ratio, aligned = self.layers[0]
+            scale = boxes.new_tensor([layer[1] for layer in self.layers])[level.long()]
+            left = torch.full_like(level, FRAME)
+            for number, width in enumerate(features.widths[:-1]):
+                left = left + (level > number).to(level) * width
+            corner = torch.stack([left, torch.full_like(level, FRAME)], 1).repeat(1, 2)
+            rows = torch.cat([images, boxes * scale[:, None] + corner], 1)
+            return roi_align(features.image, rows, size, 1.0, ratio, aligned)
         total: Any = 0
         for number, (size, scale, ratio, aligned) in enumerate(self.layers):
             own = (level == number)[:, None]
             # The sampling is adaptive: a large box at a fine level would cost most of all, so
             # there stands a point.
             mine = torch.where(own, boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
-            pooled = torchvision.ops.roi_align(
+            pooled = roi_align(
                 features[number], torch.cat([images, mine], 1), size, scale, ratio, aligned
             )
             total = total + torch.where(own[..., None, None], pooled, 0)
@@ -414,9 +466,10 @@ class RoIStages(nn.Module):
     Args:
         head: The RoI head.
         cfg: `test_cfg.rcnn`.
+        clips: Whether the proposals are inside the image.
     """
 
-    def __init__(self, head: Any, cfg: Any) -> None:
+    def __init__(self, head: Any, cfg: Any, clips: bool = True) -> None:
         super().__init__()
         self.cascade = _is_cascade(head)
         self.iou, self.agnostic = _nms(cfg.nms, type(head).__name__)
@@ -436,8 +489,20 @@ class RoIStages(nn.Module):
             for mask_head in self.mask_heads:
                 _require_mask_head(mask_head)
             self.class_agnostic_masks = bool(mask_head.class_agnostic)
+        poolings = [*self.pooling, *(self.mask_pooling if self.has_masks else ())]
+        levels = {len(pool.layers) for pool in poolings}
+        self.levels = levels.pop() if len(levels) == 1 else 0
+        # Boxes of the stages before the last are pooled, and those of the last for masks.
+        inside = clips and all(getattr(h.bbox_coder, 'clip_border', True) for h in self.heads)
+        self.takes_atlas = self.levels > 1 and inside and all(pool.takes_atlas for pool in poolings)
 
-    def forward(self, features: Sequence[Tensor], proposals: Found, image_size: Tensor) -> Found:
+    def atlas(self, features: Sequence[Tensor]) -> Atlas:
+        """The features as `forward` and `masks` take them, too, where `takes_atlas`."""
+        return Atlas.of(features[: self.levels])
+
+    def forward(
+        self, features: Sequence[Tensor] | Atlas, proposals: Found, image_size: Tensor
+    ) -> Found:
         """The detections, the best first."""
         boxes, present = proposals.boxes, proposals.scores > PRESENT
         n, count = present.shape
@@ -474,7 +539,7 @@ class RoIStages(nn.Module):
         scores, places = best(kept, self.most)
         return Found(rows_of(boxes, places), scores.clamp(min=ABSENT), places % classes, places * 0)
 
-    def masks(self, features: Sequence[Tensor], found: Found, rows: Tensor) -> Tensor:
+    def masks(self, features: Sequence[Tensor] | Atlas, found: Found, rows: Tensor) -> Tensor:
         """Probabilities `(M, size, size)` of the found rows `(M,)`, counted over all images."""
         count = found.boxes.shape[1]
         boxes, images = found.boxes.reshape(-1, 4)[rows], rows // count
