@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -19,6 +20,16 @@ BACKEND = 'atomic_local'
 TEMPORARY_SUFFIX = '.tmp'
 #: Bytes of the largest JSON file that is read: reports have some thousands.
 MOST_JSON = 64 << 20
+
+
+#: Byte-order marks and the encodings that they mean; UTF-32 before UTF-16, which it begins with.
+MARKS = (
+    (codecs.BOM_UTF8, 'utf-8', 'a UTF-8 byte-order mark'),
+    (codecs.BOM_UTF32_LE, 'utf-32-le', 'UTF-32'),
+    (codecs.BOM_UTF32_BE, 'utf-32-be', 'UTF-32'),
+    (codecs.BOM_UTF16_LE, 'utf-16-le', 'UTF-16'),
+    (codecs.BOM_UTF16_BE, 'utf-16-be', 'UTF-16'),
+)
 
 
 @contextmanager
@@ -120,6 +131,25 @@ def require_regular(path: str | Path) -> Path:
         kind = 'folder' if path.is_dir() else 'pipe or device'
         raise ValueError(f'{path} is a {kind}, not a regular file.')
     return path
+
+
+def read_text(path: Path) -> tuple[str, str | None]:
+    """The text of a regular file, and what had to be understood to read it (None: plain UTF-8).
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not a regular file, or not text.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError('it is not a regular file')
+    data = path.read_bytes()
+    for mark, encoding, said in MARKS:
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding), f'the text had {said}'
+    if data[1:2] == b'\0' or data[:1] == b'\0':  # UTF-16 without its mark
+        encoding = 'utf-16-be' if data[:1] == b'\0' else 'utf-16-le'
+        return data.decode(encoding), 'the text was in UTF-16'
+    return data.decode('utf-8'), None
 
 
 def read_json(path: str | Path) -> Any:

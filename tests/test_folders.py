@@ -228,6 +228,16 @@ def test_paths_in_data_yaml(yaml: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le'])
+def test_texts_as_other_systems_write_them(encoding: str, tmp_path: Path) -> None:
+    write_yolo(tmp_path, '1 .5 .5 .5 .5', 'names: [cat, Ähre]')
+    for path in [*tmp_path.rglob('*.txt'), *tmp_path.rglob('*.yaml')]:
+        path.write_bytes(path.read_text('utf-8').replace('\n', '\r\n').encode(encoding))
+    folder = read_folder(tmp_path)
+    assert folder.classes == ('cat', 'Ähre')
+    assert [row.label for row in next(folder.examples()).objects] == [1]
+
+
 def test_an_image_without_labels_is_one_without_objects(tmp_path: Path) -> None:
     write_yolo(tmp_path, '1 .5 .5 .5 .5')
     image(tmp_path / 'train' / 'images' / 'b.jpg')

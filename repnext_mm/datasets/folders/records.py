@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ... import files
 from ..images import IMAGE_SUFFIXES, decoded_size, describe
 
 #: What the labels of an image are: boxes, boxes with outlines, a class per pixel, one class.
@@ -140,14 +141,14 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """The text of a file, also in UTF-16, which PowerShell writes.
 
     Raises:
         DataError: It cannot be read as text.
     """
     try:
-        return path.read_text('utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
+        return files.read_text(path)[0]
+    except (OSError, ValueError) as error:
         raise DataError(f'{path} cannot be read as text ({error}).') from error
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from ...datasets.images import decoded_size, describe
+from ...files import read_text
 from ..errors import UserError
 from .findings import Finding, error, some, warning
-from .texts import clean, read_text
+from .texts import clean
 
 #: Objects of a set whose polygons are compared with their boxes.
 COMPARED = 20_000
