@@ -121,10 +121,10 @@ def test_classes_are_those_of_the_test_tool(
     cfg = Config.fromfile(checkpoints['classes'].with_suffix('') / 'classes.py')
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     predictor = repnext_mm.Predictor(checkpoints['classes'], device='cpu')
-    assert predictor._trained
+    assert predictor.trained
     for i in range(len(dataset)):
         with torch.no_grad():
-            logits = predictor._trained.model(dataset[i]['inputs'][None])[0]
+            logits = predictor.trained.model(dataset[i]['inputs'][None])[0]
         found = predictor(dataset.filename(i))['probabilities']
         np.testing.assert_allclose(found, logits.softmax(0).numpy(), atol=1e-6)
 

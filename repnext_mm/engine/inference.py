@@ -116,6 +116,7 @@ class TrainedModel:
         cfg: Its config.
         task: 'detection', 'segmentation' or 'classification'.
         classes: Names of the classes.
+        transform: From an image `(H, W, 3)` to what the model takes.
 
     Raises:
         UserError: See `config_of` and `build_trained`.
@@ -137,7 +138,7 @@ class TrainedModel:
         )
         classes = checkpoints_classes(read.content) or config_classes(self.cfg)
         self.classes: tuple[str, ...] = tuple(classes or self._numbered())
-        self._transform = self._classifiers() if classifies else self._pipeline()
+        self.transform = self._classifiers() if classifies else self._pipeline()
 
     def _numbered(self) -> list[str]:
         weights = list(self.model.state_dict().values())
@@ -202,7 +203,7 @@ class TrainedModel:
         Images that the pipeline makes equally large are computed together, others one by one:
         padding to a common size would change what is found.
         """
-        ready = [self._transform(image) for image in images]
+        ready = [self.transform(image) for image in images]
         shapes = [tuple(sample['inputs'].shape) for sample in ready]
         results: list[Result | None] = [None] * len(ready)
         for shape in dict.fromkeys(shapes):

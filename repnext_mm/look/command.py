@@ -82,7 +82,7 @@ def look(args: argparse.Namespace) -> Path:
     if args.limit < 1:
         raise UserError(f'--limit {args.limit} must be at least 1.')
     predictor = Predictor(args.checkpoint, args.config, args.device)
-    trained = predictor._trained
+    trained = predictor.trained
     if trained is None:
         raise UserError(f'{args.checkpoint} is an exported file; give the checkpoint of a run.')
     try:
@@ -463,7 +463,7 @@ def _input(trained: TrainedModel, image: np.ndarray) -> torch.Tensor:
     """The image as the backbone gets it, `(1, 3, H, W)`."""
     from mmengine.dataset import pseudo_collate
 
-    sample = trained._transform(image)
+    sample = trained.transform(image)
     device = next(trained.model.parameters()).device
     if trained.task == 'classification':
         return sample['inputs'][None].to(device)

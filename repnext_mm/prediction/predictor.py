@@ -43,6 +43,7 @@ class Predictor:
         task: 'detection', 'segmentation' or 'classification'.
         classes: Their names.
         settings: `task`, `classes` and `palette`, as drawing needs them.
+        trained: The model of a checkpoint; None for an exported file.
 
     Raises:
         UserError: The model cannot be opened.
@@ -57,15 +58,15 @@ class Predictor:
         precision: str | None = None,
         trust: bool = False,
     ) -> None:
-        self._trained: TrainedModel | None = None
+        self.trained: TrainedModel | None = None
         self._exported: Any = None
         path = Path(model)
         if path.suffix.lower() in CHECKPOINTS or (config is not None):
             for name, given in (('threads', threads), ('precision', precision)):
                 if given is not None:
                     raise UserError(f'--{name} is for exported files, and {model} is a checkpoint.')
-            self._trained = TrainedModel(model, config, device)
-            self.task, self.classes = self._trained.task, tuple(self._trained.classes)
+            self.trained = TrainedModel(model, config, device)
+            self.task, self.classes = self.trained.task, tuple(self.trained.classes)
             self.settings: dict[str, Any] = {
                 'task': self.task,
                 'classes': list(self.classes),
@@ -87,7 +88,7 @@ class Predictor:
         Raises:
             ValueError: It cannot be read.
         """
-        return self._trained.read(path) if self._trained else read_exported(path)
+        return self.trained.read(path) if self.trained else read_exported(path)
 
     def __call__(self, image: Image) -> Result:
         """Results of one image.
@@ -106,8 +107,8 @@ class Predictor:
         arrays = [
             self.read(item) if isinstance(item, str | Path) else _checked(item) for item in images
         ]
-        if self._trained is not None:
-            return self._trained(arrays)
+        if self.trained is not None:
+            return self.trained(arrays)
         return [self._exported(array) for array in arrays]
 
 
