@@ -10,24 +10,20 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..engine.errors import run_tool, sigterm_raises
-from ..measure import artifacts
-from ..measure.rounds import Schedule
 from ..program import command, program
-from . import bench
-from .check import check_folder
 from .errors import ParityError
-from .explain import explain
 from .folders import shown
 from .formats import DYNAMIC, FORMATS
 from .options import Options, add_options, parsed, positive
-from .pipeline import Export
 from .report import JSON_NAME, Report, markdown_table
-from .source import Source, load_source
-from .web_runtime import NAME, VERSION, fetch_runtime
+
+if TYPE_CHECKING:  # what the verbs need is imported by them: networks, runtimes, mmengine's runner
+    from .source import Source
 
 WIDTH = 200
 
@@ -142,6 +138,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from .pipeline import Export
+    from .source import load_source
+
     options, log = parsed(args), _log(args)
     with _talk(args):
         source = load_source(
@@ -210,22 +209,24 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _time(args: argparse.Namespace, report: Report, log: Console, trust: bool) -> None:
-    for measured in bench.bench_report(
+    from ..measure import artifacts
+    from .bench import bench_report
+
+    schedule = replace(artifacts.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
+    for measured in bench_report(
         report,
         threads=args.threads,
         compiled=not args.no_compile,
-        schedule=_schedule(args),
+        schedule=schedule,
         trust=trust,
         log=log,
     ):
         artifacts.show(measured, log)
 
 
-def _schedule(args: argparse.Namespace) -> Schedule:
-    return replace(artifacts.SCHEDULE, rounds=args.rounds, budget_s=args.budget_s)
-
-
 def _explain(args: argparse.Namespace) -> None:
+    from .explain import explain
+
     log = _log(args)
     records = []
     for path in args.artifacts:
@@ -239,6 +240,8 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from .check import check_folder
+
     log = _log(args)
     report = Report.load(args.folder)
     try:
@@ -250,6 +253,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _runtime(args: argparse.Namespace) -> None:
+    from .web_runtime import NAME, VERSION, fetch_runtime
+
     for folder in args.folder:
         path = fetch_runtime(folder)
         print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torchvision
 from torch import Tensor
 
 #: The score of a row that holds nothing; scores proper are not negative.
@@ -22,10 +21,12 @@ def nms_keep(boxes: Tensor, scores: Tensor, iou: float, most: int) -> Tensor:
         iou: More overlap than this with a better box, and a box is dropped.
         most: At most so many are kept of each image.
     """
+    from torchvision.ops import nms  # most who import this module never call it
+
     kept = torch.full_like(scores, ABSENT)
     for own, row, out in zip(boxes, scores, kept):
         present = (row > PRESENT).nonzero().squeeze(1)
-        chosen = present[torchvision.ops.nms(own[present], row[present], iou)[:most]]
+        chosen = present[nms(own[present], row[present], iou)[:most]]
         out[chosen] = row[chosen]
     return kept
 

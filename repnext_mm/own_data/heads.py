@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
-from ..backbones import look_up
+from .. import backbones
 from ..complexity import count_macs, count_parameters
 from ..configs import FOLDER
 from ..datasets.folders.records import Kind
@@ -100,7 +100,7 @@ def build_model_config(
     Raises:
         ValueError: There is no such network, or the head has no light form.
     """
-    family, arch = look_up(network)
+    family, arch = backbones.look_up(network)
     if head == 'classifier':
         if lite:
             raise ValueError('a classifier has no neck that --lite could make lighter.')
@@ -145,7 +145,7 @@ def build_model_config(
 
 
 def _pyramid(network: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    family, arch = look_up(network)
+    family, arch = backbones.look_up(network)
     with torch.device('meta'):
         backbone = family(arch)
     return backbone.out_strides, backbone.out_channels

@@ -10,7 +10,7 @@ from statistics import median, quantiles
 
 import torch
 
-from ..backbones import build
+from .. import backbones
 from ..datasets.folders import Example
 from ..measure.memory import saved_bytes
 from .heads import HEADS
@@ -136,7 +136,7 @@ def _step(value: float) -> int:
 
 def batch_size(network: str, size: int, images: int) -> Setting:
     """Images per step: as many as memory allows, up to a quarter of the images."""
-    backbone = build(network).train()
+    backbone = backbones.build(network).train()
     image = torch.zeros(2, 3, size, size)  # two, for the statistics of the last stage
     kept = saved_bytes(lambda: backbone(image), [*backbone.parameters(), image]) / 2
     on_gpu = torch.cuda.is_available()

@@ -9,20 +9,8 @@ from ..checkpoints import CheckpointError
 from .artifact import Artifact, ArtifactError, reason, shown_shape
 from .onnx import ONNXArtifact
 from .openvino import OpenVINOArtifact
-from .torch_files import (
-    AOTInductorArtifact,
-    ExportedProgramArtifact,
-    FusedArtifact,
-    TorchScriptArtifact,
-    is_compiled,
-)
 
-KINDS: dict[str, type[Artifact]] = {
-    '.onnx': ONNXArtifact,
-    '.xml': OpenVINOArtifact,
-    '.torchscript': TorchScriptArtifact,
-    '.pth': FusedArtifact,
-}
+SUFFIXES = ('.onnx', '.xml', '.torchscript', '.pth', '.pt2')
 
 
 def open_artifact(
@@ -99,13 +87,27 @@ def _find(path: Path) -> Path:
 
 
 def _kind(path: Path) -> type[Artifact]:
-    if path.suffix in KINDS:
-        return KINDS[path.suffix]
-    if path.suffix == '.pt2':
-        return AOTInductorArtifact if is_compiled(path) else ExportedProgramArtifact
+    if path.suffix == '.onnx':
+        return ONNXArtifact
+    if path.suffix == '.xml':
+        return OpenVINOArtifact
     if path.suffix == '.mlpackage':
         raise ArtifactError(f'{path} is a Core ML package, which runs on macOS only.')
-    raise ArtifactError(f'{path} has no suffix of a format; there are {", ".join(KINDS)} and .pt2.')
+    if path.suffix not in SUFFIXES:
+        raise ArtifactError(
+            f'{path} has no suffix of a format; there are {", ".join(SUFFIXES[:-1])} and '
+            f'{SUFFIXES[-1]}.'
+        )
+    # It imports the networks and torchvision's operators, which takes a second.
+    from . import torch_files
+
+    if path.suffix == '.torchscript':
+        return torch_files.TorchScriptArtifact
+    if path.suffix == '.pth':
+        return torch_files.FusedArtifact
+    if torch_files.is_compiled(path):
+        return torch_files.AOTInductorArtifact
+    return torch_files.ExportedProgramArtifact
 
 
 def _check_interface(artifact: Artifact) -> None:

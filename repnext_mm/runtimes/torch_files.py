@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  (its operators in files of detectors)
 
 from .. import backbones
 from ..checkpoints import File, read_checkpoint
