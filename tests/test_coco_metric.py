@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import METRICS, DefaultScope
 from pycocotools import mask as coco_masks
 
+from repnext_mm.engine.errors import explain
 from repnext_mm.evaluation.coco import STATS, FastCocoMetric
 
 pytestmark = pytest.mark.compat
@@ -182,3 +183,9 @@ def test_configs_evaluate_with_it(truth: Path) -> None:
 
 def test_a_class_has_more_results_in_an_image_than_the_first_ap_counts(truth: Path) -> None:
     assert max(np.bincount(result['labels']).max() for _, result in results(truth)) > 100
+
+
+def test_who_lacks_the_package_learns_its_name() -> None:
+    sentence = explain(ModuleNotFoundError("No module named 'faster_coco_eval'"))
+    assert 'pip install faster-coco-eval' in (sentence or '')
+    assert explain(ModuleNotFoundError("No module named 'other'")) is None

@@ -35,6 +35,12 @@ ADVICE = re.compile(r'weights_only|Weights only load failed|arbitrary code execu
 #: A group of the pattern fills the sentence.
 KNOWN_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
     (
+        ModuleNotFoundError,
+        r"No module named 'faster_coco_eval",
+        'FastCocoMetric needs faster-coco-eval, not installed here; run: pip install '
+        "faster-coco-eval, or give val_evaluator and test_evaluator type='CocoMetric'.",
+    ),
+    (
         FileNotFoundError,
         r"No such file or directory: '(.+?)'",
         'the file {0} is missing; restore it, or remove it from the annotations.',
