@@ -37,8 +37,10 @@ def test_the_readme_is_short():
 
 
 def anchors(page: Path) -> set[str]:
-    titles = re.findall(r'^#+ (.*)$', page.read_text('utf-8'), re.M)
-    return {re.sub(r'[^\w -]', '', title).lower().replace(' ', '-') for title in titles}
+    text = page.read_text('utf-8')
+    titles = re.findall(r'^#+ (.*)$', text, re.M)
+    named = re.findall(r'<a id="([^"]+)">', text)
+    return {re.sub(r'[^\w -]', '', title).lower().replace(' ', '-') for title in titles} | {*named}
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
