@@ -27,7 +27,6 @@ from packaging.requirements import Requirement
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from ..backbones.recnext import LinearAttention
 from ..checkpoints import read_weights
 from ..engine.errors import signals_wait
 from ..engine.quiet import muffled
@@ -462,6 +461,8 @@ def trace(job: Job, dtype: str | None = None) -> torch.jit.ScriptModule:
 
 def _takes_float16(op: Any) -> bool:
     from coremltools.converters.mil.mil.scope import ScopeSource
+
+    from ..backbones.recnext import LinearAttention
 
     inside = op.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_TYPE, [])
     return LinearAttention.__name__ not in inside or nn.Conv2d.__name__ in inside

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..classification.tested import UnknownTransform, is_classifier, tested_steps
-from ..engine.stored import registered
 from ..files import write_text
 from ..runtimes import predictor
 from ..visualization.colors import apart
@@ -111,6 +110,8 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
 
 def palette(cfg: Any, count: int) -> list[list[int]]:
     """A color `[r, g, b]` for each class: the data set's own, or well apart."""
+    from ..engine.stored import registered  # and with it mmengine's runner
+
     loader = tested_on(cfg)
     own = registered(innermost(loader['dataset']), cfg.get('default_scope')) if loader else None
     colors = getattr(own, 'METAINFO', {}).get('palette')
