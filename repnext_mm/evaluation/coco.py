@@ -148,7 +148,7 @@ class FastCocoMetric(CocoMetric):
             means += [_mean(own[..., area]) for area in (1, 2, 3)]
             table.add_row(name, *(f'{mean:.{DIGITS}f}' for mean in means))
             values[f'{name}_precision'] = round(means[0], DIGITS)
-        console = Console(width=200)
+        console = Console(width=200, markup=False)  # names may have brackets
         with console.capture() as text:
             console.print(table)
         logger.info(f'\n{text.get()}')
