@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnext_mm import InceptionNeXt, RecNeXt, RepNeXt, backbones
+from repnext_mm.engine.allocator import keep_freed_memory
 from repnext_mm.measure import Schedule
 from repnext_mm.measure import networks as benchmark
 from repnext_mm.measure.networks import Settings, Trial, Variant
@@ -137,6 +138,7 @@ def test_the_result_is_json_with_the_environment_and_a_row_per_variant() -> None
     }
     assert result['settings']['size'] == (32, 64)
     assert result['settings']['schedule']['rounds'] == 2
+    assert result['settings']['keeps_memory'] == keep_freed_memory()
     assert {'cpu', 'isa', 'threads', 'versions', 'gpu', 'load_average'} <= set(
         result['environment']
     )

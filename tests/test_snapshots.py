@@ -130,7 +130,7 @@ def test_keys_of_reports(same: Snapshot, tmp_path: Path) -> None:
 
 SUBCOMMANDS = {
     'deploy': ('check', 'bench', 'explain'),
-    'benchmark': ('train-step', 'inference', 'layers'),
+    'benchmark': ('train-step', 'model-step', 'inference', 'layers', 'throughput'),
     'operators': (),
 }
 

@@ -20,6 +20,7 @@ from PIL import Image
 from tool_runs import CONFIGS, FOLDERS, options, run_here, succeed, succeed_here
 
 from repnext_mm.configs import look_up
+from repnext_mm.engine.allocator import VARIABLE, keep_freed_memory
 from repnext_mm.engine.cli import _Options
 from repnext_mm.engine.cli import evaluate_main as evaluate
 from repnext_mm.engine.cli import train_main as train
@@ -97,6 +98,7 @@ def test_train_then_the_command_it_names(
         assert len(lines) == 1
         assert 'SyncBN as BatchNorm' in lines[0]
         assert 'mixed precision in bfloat16' in lines[0]
+        assert (VARIABLE in lines[0]) == keep_freed_memory()
     last = output.splitlines()[-1]
     wrote, following = last.split('; next: ')
     checkpoint = re.match(r'Wrote (\S+\.pth) and the log in (\S+)$', wrote)

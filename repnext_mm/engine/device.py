@@ -13,6 +13,7 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 
+from .allocator import VARIABLE, keep_freed_memory
 from .amp import fit_amp_to_cpu
 from .errors import UserError
 
@@ -94,6 +95,8 @@ def _fall_back_to_cpu(cfg: Config, launcher: str) -> str:
     wrapper = cfg.get('optim_wrapper')
     if wrapper is not None and (precision := fit_amp_to_cpu(wrapper)):
         changes.append(precision)
+    if keep_freed_memory():
+        changes.append(f'freed memory kept for the next step ({VARIABLE}=0 returns it)')
     if launcher == 'pytorch':
         # mmengine's own start would call torch.cuda.set_device.
         if not torch.distributed.is_initialized():

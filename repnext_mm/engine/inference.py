@@ -74,7 +74,7 @@ def build_trained(cfg: Config, checkpoint: RunCheckpoint, device: str | None = N
         UserError: They do not fit, or were trained on other classes.
     """
     import_framework(cfg.get('default_scope'))
-    settings = _without_weights(cfg.model)
+    settings = without_weights(cfg.model)
     if is_classifier(cfg):
         settings.update(teacher=None, pretrained=False)
     try:
@@ -92,14 +92,14 @@ def build_trained(cfg: Config, checkpoint: RunCheckpoint, device: str | None = N
     return model.to(device or get_device()).eval()
 
 
-def _without_weights(node: Any) -> Any:
-    """A config that loads no pretrained weights, which the checkpoint replaces anyway."""
+def without_weights(node: Any) -> Any:
+    """A config, or a part of one, that loads no pretrained weights."""
     if isinstance(node, dict):
         return type(node)(
-            {k: _without_weights(v) for k, v in node.items() if k not in ('init_cfg', 'pretrained')}
+            {k: without_weights(v) for k, v in node.items() if k not in ('init_cfg', 'pretrained')}
         )
     if isinstance(node, list | tuple):
-        return type(node)(_without_weights(item) for item in node)
+        return type(node)(without_weights(item) for item in node)
     return node
 
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -192,11 +192,12 @@ class Worker:
 
     Args:
         threads: That its runtime computes on; it is pinned to as many cores.
+        variables: Of its environment, besides those of this process.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, variables: Mapping[str, str] | None = None) -> None:
         cores = sorted(environment.cores())[:threads]
-        variables = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads))
+        counts = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads))
         self.process = subprocess.Popen(
             [sys.executable, '-m', 'repnext_mm.measure.worker', json.dumps(cores)],
             stdin=subprocess.PIPE,
@@ -205,7 +206,8 @@ class Worker:
             text=True,
             env={
                 **os.environ,
-                **variables,
+                **counts,
+                **(variables or {}),
                 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
             },
         )
@@ -256,12 +258,14 @@ class Remote:
 
 
 @contextlib.contextmanager
-def workers(names: Iterable[str], threads: int) -> Iterator[dict[str, Worker]]:
-    """One process per name; all are ended afterwards, whatever happened."""
+def workers(
+    names: Iterable[str], threads: int, variables: Mapping[str, Mapping[str, str]] | None = None
+) -> Iterator[dict[str, Worker]]:
+    """One process per name, with these environment variables; all are ended afterwards."""
     started: dict[str, Worker] = {}
     try:
         for name in dict.fromkeys(names):
-            started[name] = Worker(threads)
+            started[name] = Worker(threads, (variables or {}).get(name))
         yield started
     finally:
         for worker in started.values():

@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import UserError, run_tool
-from ..program import program
+from ..program import HelpFormatter, program
 from ..text import parse_size
-from . import accuracy_picture, evaluation, networks, page, throughput
-from .environment import summary
-from .rounds import Schedule
-from .tables import Record, remarks, show, show_operators, timing_table, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .rounds import Schedule
+
+Record = dict[str, Any]
+Run = Callable[[argparse.Namespace], Record]
+Show = Callable[[Record, Any], None]
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program('benchmark'),
         description='Time training steps, inference or layers against the published form.',
     )
     commands = parser.add_subparsers(dest='command', required=True)
-    for name, function in networks.COMMANDS.items():
-        title = str(function.__doc__)
-        add_arguments(name, _command(commands, name, title))
-    add_throughput(commands)
-    add_evaluation(commands)
-    add_picture(commands)
-    add_page(commands)
-    add_compare(commands)
+    # What is neither named nor shown is not imported for its choices.
+    named, is_help = COMMANDS.keys() & argv, {'-h', '--help'} & {*argv}
+    for name, (title, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=title, description=title, formatter_class=HelpFormatter
+        )
+        if name in named or not (named or is_help):
+            add_arguments(command)
     return parser.parse_args(argv)
 
 
-def _command(commands: Any, name: str, title: str) -> argparse.ArgumentParser:
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    return commands.add_parser(name, help=title, description=title, formatter_class=defaults)
+def add_throughput(command: argparse.ArgumentParser) -> None:
+    from .throughput import LAYOUTS
 
-
-def add_throughput(commands: Any) -> None:
-    title = 'Images per second of fused networks, ours beside any of timm.'
-    command = _command(commands, 'throughput', title)
     add = command.add_argument
     add('names', nargs='+', metavar='NAME', help='such as repnext_m1 repvit_m1_1 resnet50')
     add('--size', default='224', help='side, or HEIGHTxWIDTH, of the images')
@@ -58,50 +54,59 @@ def add_throughput(commands: Any) -> None:
     add(
         '--layouts',
         nargs='+',
-        choices=throughput.LAYOUTS,
-        default=list(throughput.LAYOUTS),
+        choices=LAYOUTS,
+        default=list(LAYOUTS),
         help='memory formats to try; the faster one of a network counts',
     )
-    add('--threads', type=int, help="threads on the CPU (default: torch's)")
-    add('--rounds', type=int, default=30, help='turns of each network, at most')
-    add('--budget-s', type=float, default=300, help='bound for the time of the turns')
-    add('--json', metavar='FILE', help='write the result; - prints nothing else')
+    add_threads(command)
+    add_turns(command, 300)
 
 
-def add_evaluation(commands: Any) -> None:
-    title = "COCO's box and mask AP by FastCocoMetric against mmdet's CocoMetric."
-    command = _command(commands, 'evaluation', title)
-    defaults = evaluation.Settings()
+def add_evaluation(command: argparse.ArgumentParser) -> None:
+    from .evaluation import Settings
+
+    defaults = Settings()
     for name in ('images', 'results', 'objects'):
         of = '' if name == 'images' else ' of an image'
         command.add_argument(
             f'--{name}', type=int, default=getattr(defaults, name), help=f'number of {name}{of}'
         )
-    command.add_argument('--rounds', type=int, default=6, help='turns of each, at most')
-    command.add_argument('--budget-s', type=float, default=300, help='bound for the turns')
-    command.add_argument('--json', metavar='FILE', help='write the result; - prints nothing else')
+    add_turns(command, 300, rounds=6)
 
 
-def add_picture(commands: Any) -> None:
-    title = 'Draw published accuracy against measured time, from a result of throughput.'
-    command = _command(commands, 'picture', title)
+def add_model_step(command: argparse.ArgumentParser) -> None:
+    from .training import all_variants
+
+    command.add_argument('config', help='config file, or a name that `repnext-mm models` lists')
+    command.add_argument('--size', default='800x1333', help='side, or HEIGHTxWIDTH, of the images')
+    command.add_argument('--batch', type=int, default=2, help='images of a step')
+    command.add_argument(
+        '--variants',
+        nargs='+',
+        choices=all_variants(),
+        default=all_variants(),
+        metavar='FORM[/keep_memory]',
+        help='what to compare, the reference first; each takes the memory of a training',
+    )
+    add_threads(command)
+    command.add_argument('--profile', action='store_true', help='add time by operator')
+    add_turns(command, 600)
+
+
+def add_picture(command: argparse.ArgumentParser) -> None:
+    from .accuracy_picture import METRICS
+
     command.add_argument('result', type=Path, help='what throughput --json wrote')
     command.add_argument('--out', type=Path, required=True, help='picture to write')
-    command.add_argument(
-        '--metric', choices=accuracy_picture.METRICS, default='top1', help='upwards'
-    )
+    command.add_argument('--metric', choices=METRICS, default='top1', help='upwards')
 
 
-def add_page(commands: Any) -> None:
-    title = 'Write one page of all results in a folder, with their pictures.'
-    command = _command(commands, 'page', title)
+def add_page(command: argparse.ArgumentParser) -> None:
     command.add_argument('folder', type=Path, help='with JSON results of this tool and of deploy')
     command.add_argument('--out', type=Path, help='the page (None: README.md in the folder)')
 
 
-def add_compare(commands: Any) -> None:
-    title = 'Compare two results by ratio; exit code 1 where the later one is slower.'
-    command = _command(commands, 'compare', title)
+def add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument('before', type=Path, help='an earlier JSON result')
     command.add_argument('after', type=Path, help='a later one')
     command.add_argument(
@@ -109,47 +114,100 @@ def add_compare(commands: Any) -> None:
     )
 
 
-def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
-    size, batch = {'train-step': (512, 2), 'inference': (512, 1), 'layers': (64, 2)}[name]
-    if name == 'layers':
-        command.add_argument(
-            'layers',
-            nargs='*',
-            default=list(networks.LAYERS),
-            help=f'out of {", ".join(networks.LAYERS)}',
-        )
-        command.add_argument('--channels', type=int, default=64, help='channels of the input')
-    else:
-        command.add_argument('arch', help='such as repnext_m4, recnext_a4 or inception_next_tiny')
-    if name == 'train-step':
-        command.add_argument(
-            '--norm-eval', action='store_true', help='train with frozen norm statistics'
-        )
+def add_train_step(command: argparse.ArgumentParser) -> None:
+    add_network(command)
+    command.add_argument(
+        '--norm-eval', action='store_true', help='train with frozen norm statistics'
+    )
+    add_form(command, size=512, batch=2)
+
+
+def add_inference(command: argparse.ArgumentParser) -> None:
+    add_network(command)
+    add_form(command, size=512, batch=1)
+
+
+def add_layers(command: argparse.ArgumentParser) -> None:
+    from .networks import LAYERS
+
+    command.add_argument(
+        'layers', nargs='*', default=list(LAYERS), help=f'out of {", ".join(LAYERS)}'
+    )
+    command.add_argument('--channels', type=int, default=64, help='channels of the input')
+    add_form(command, size=64, batch=2)
+
+
+def add_network(command: argparse.ArgumentParser) -> None:
+    command.add_argument('arch', help='such as repnext_m4, recnext_a4 or inception_next_tiny')
+
+
+def add_form(command: argparse.ArgumentParser, size: int, batch: int) -> None:
+    """What is common to networks and layers."""
+    from .networks import DTYPES
+
     command.add_argument('--size', default=str(size), help='side, or HEIGHTxWIDTH, of the input')
     command.add_argument('--batch', type=int, default=batch, help='images')
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     command.add_argument(
-        '--dtype', choices=networks.DTYPES, default='float32', help='other than float32: autocast'
+        '--dtype', choices=DTYPES, default='float32', help='other than float32: autocast'
     )
     command.add_argument(
         '--variants',
         nargs='+',
         default=[],
         metavar='FORM[/channels_last][/compile]',
-        help='what to compare with the reference (default: every form in both memory formats)',
+        help='what to compare with the reference (None: every form in both memory formats)',
     )
     command.add_argument('--compile', action='store_true', help='add every variant compiled')
-    command.add_argument('--threads', type=int, help="threads on the CPU (default: torch's)")
-    command.add_argument('--rounds', type=int, default=30, help='turns of each variant, at most')
-    command.add_argument('--budget-s', type=float, default=150, help='bound for the time in all')
+    add_threads(command)
     command.add_argument('--profile', action='store_true', help='add time by operator')
+    add_turns(command, 150)
+
+
+def add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--threads', type=int, help="threads on the CPU (None: torch's)")
+
+
+def add_turns(command: argparse.ArgumentParser, budget_s: float, rounds: int = 30) -> None:
+    command.add_argument(
+        '--rounds', type=int, default=rounds, help='turns of each variant, at most'
+    )
+    command.add_argument(
+        '--budget-s', type=float, default=budget_s, help='bound for the time in all'
+    )
     command.add_argument('--json', metavar='FILE', help='write the result; - prints nothing else')
+
+
+#: What the help says of a sub-command, and what adds its arguments.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    'train-step': ('Training step of a backbone, in its forms.', add_train_step),
+    'model-step': ('Training step of the complete model of a config.', add_model_step),
+    'inference': ('Inference of a backbone, by plan of fusion.', add_inference),
+    'layers': ('Forward and backward pass of single layers.', add_layers),
+    'throughput': (
+        'Images per second of fused networks, ours beside any of timm.',
+        add_throughput,
+    ),
+    'evaluation': (
+        "COCO's box and mask AP by FastCocoMetric against mmdet's CocoMetric.",
+        add_evaluation,
+    ),
+    'picture': (
+        'Draw published accuracy against measured time, from a result of throughput.',
+        add_picture,
+    ),
+    'page': ('Write one page of all results in a folder, with their pictures.', add_page),
+    'compare': (
+        'Compare two results by ratio; exit code 1 where the later one is slower.',
+        add_compare,
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `repnext-mm benchmark`; returns the exit code."""
-    args = parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
+    args = parse_args(given)
     args.invocation = shlex.join([*program('benchmark').split(), *_arguments(given)])
     return run_tool(lambda: measure(args))
 
@@ -165,23 +223,24 @@ def _arguments(given: Sequence[str]) -> list[str]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    if args.command == 'picture':
-        print(f'Wrote {accuracy_picture.draw(args.result, args.out, args.metric)}.')
-        return
-    if args.command == 'page':
-        for path in page.write(args.folder, args.out or args.folder / 'README.md'):
-            print(f'Wrote {path}.')
-        return
-    if args.command == 'compare':
-        compare(args)
-        return
+    WITHOUT_TIMING.get(args.command, time_and_show)(args)
+
+
+def time_and_show(args: argparse.Namespace) -> None:
+    """Run the command, and print or write its result."""
+    import json
+
+    from .tables import write_json
+
     if getattr(args, 'threads', None) is not None:
+        import torch
+
         if args.threads < 1:
             raise UserError(f'--threads {args.threads} must be at least 1.')
         torch.set_num_threads(args.threads)
     if args.json not in (None, '-') and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f'--json {args.json}: its folder does not exist; make it first.')
-    run, display = RUNS.get(args.command, (steps, show_result))
+    run, display = RUNS[args.command]
     result = {**run(args), 'invocation': args.invocation}
     if args.json == '-':
         print(json.dumps(result))
@@ -190,6 +249,19 @@ def measure(args: argparse.Namespace) -> None:
     if args.json:
         write_json(result, Path(args.json))
         print(f'Wrote {args.json}.')
+
+
+def draw(args: argparse.Namespace) -> None:
+    from . import accuracy_picture
+
+    print(f'Wrote {accuracy_picture.draw(args.result, args.out, args.metric)}.')
+
+
+def write_page(args: argparse.Namespace) -> None:
+    from . import page
+
+    for path in page.write(args.folder, args.out or args.folder / 'README.md'):
+        print(f'Wrote {path}.')
 
 
 class SlowerError(UserError):
@@ -204,6 +276,9 @@ def compare(args: argparse.Namespace) -> None:
     Raises:
         SlowerError: The later one is slower, beyond noise.
     """
+    from . import page
+    from .tables import timing_table
+
     found = page.changes(page.read(args.before), page.read(args.after), args.any_machine)
     names = ('variant', 'ratio before', 'ratio after', 'after / before', '')
     columns = zip(*page.summarized(found))
@@ -217,10 +292,18 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
+    from .rounds import Schedule
+
     return Schedule(rounds=args.rounds, lead_in=1, budget_s=args.budget_s)
 
 
+def _say(args: argparse.Namespace) -> Callable[[str], None] | None:
+    return None if args.json == '-' else print
+
+
 def images_per_second(args: argparse.Namespace) -> Record:
+    from . import throughput
+
     return throughput.run(
         args.names,
         throughput.Settings(
@@ -233,11 +316,13 @@ def images_per_second(args: argparse.Namespace) -> Record:
             features=args.features,
             schedule=_schedule(args),
         ),
-        say=None if args.json == '-' else print,
+        say=_say(args),
     )
 
 
 def steps(args: argparse.Namespace) -> Record:
+    from . import networks
+
     return networks.run(
         args.command,
         args.layers if args.command == 'layers' else [args.arch],
@@ -253,22 +338,46 @@ def steps(args: argparse.Namespace) -> Record:
             schedule=_schedule(args),
             profile=args.profile,
         ),
-        say=None if args.json == '-' else print,
+        say=_say(args),
+    )
+
+
+def model_steps(args: argparse.Namespace) -> Record:
+    from . import training
+
+    return training.run(
+        args.config,
+        args.variants,
+        training.Settings(
+            size=parse_size(args.size),
+            batch=args.batch,
+            threads=args.threads,
+            schedule=training.schedule(args.rounds, args.budget_s),
+            profile=args.profile,
+        ),
+        say=_say(args),
     )
 
 
 def evaluations(args: argparse.Namespace) -> Record:
+    from . import evaluation
+
     return evaluation.run(
         evaluation.Settings(args.images, args.results, args.objects, _schedule(args))
     )
 
 
 def console() -> Console:
+    from rich.console import Console
+
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)  # a file or a pipe
 
 
 def show_throughput(result: Record, console: Console) -> None:
+    from .environment import summary
+    from .tables import remarks, timing_table
+
     console.print(summary(result['environment']), highlight=False)
     rows = result['comparison']['rows']
     columns = [
@@ -299,6 +408,9 @@ def _per_image(row: Record) -> str:
 
 
 def show_evaluation(result: Record, console: Console) -> None:
+    from .environment import summary
+    from .tables import show
+
     console.print(summary(result['environment']), highlight=False)
     settings = result['settings']
     title = f'{settings["images"]} images of {settings["results"]} results'
@@ -307,6 +419,9 @@ def show_evaluation(result: Record, console: Console) -> None:
 
 
 def show_result(result: Record, console: Console) -> None:
+    from .environment import summary
+    from .tables import show, show_operators
+
     console.print(summary(result['environment']), highlight=False)
     for comparison in result['comparisons']:
         size = 'x'.join(map(str, comparison['shape']))
@@ -321,8 +436,16 @@ def _show_load(result: Record, console: Console) -> None:
         console.print(f'[bold]Not for headlines:[/] {result["load"]["reason"]}.', highlight=False)
 
 
-#: What measures and what shows a command that times no single network.
-RUNS = {
+#: What times a sub-command, and what shows the result.
+RUNS: dict[str, tuple[Run, Show]] = {
     'throughput': (images_per_second, show_throughput),
     'evaluation': (evaluations, show_evaluation),
+    'model-step': (model_steps, show_result),
+    **dict.fromkeys(('train-step', 'inference', 'layers'), (steps, show_result)),
+}
+#: What those do that time nothing.
+WITHOUT_TIMING: dict[str, Callable[[argparse.Namespace], None]] = {
+    'picture': draw,
+    'page': write_page,
+    'compare': compare,
 }

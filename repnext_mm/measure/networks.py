@@ -2,7 +2,8 @@
 
 A training step is the backbone's forward pass, the sum of the means of the squares of its outputs,
 and the backward pass; gradients start as None. The optimizer is not part of it. The input is
-contiguous (N, 3, H, W), and a variant that computes in channels_last pays for the change.
+contiguous (N, 3, H, W), and a variant that computes in channels_last pays for the change. On a CPU
+all variants keep the memory that a step frees, as `repnext-mm train` does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..backbones import look_up
 from ..backbones.recconv import SharedRecursiveConv, Upsample
 from ..backbones.recnext import RecursiveAttention, RepMixer
 from ..backbones.repnext import ChunkConv, CopyConv
+from ..engine.allocator import keep_freed_memory
 from ..layers.blocks import GELU, Downsample, MetaNeXtBlock
 from ..layers.execution import set_execution
 from ..network import PLANS
@@ -236,6 +238,7 @@ def run(
     """
     watch = LoadWatch()
     environment = describe()
+    keeps_memory = settings.device == 'cpu' and keep_freed_memory()
     subjects = [COMMANDS[command](name, settings) for name in names]
     chosen = [
         [Variant.parse(v, list(s.forms)) for v in variants] or default_variants(s) for s in subjects
@@ -253,7 +256,7 @@ def run(
     return {
         'schema_version': SCHEMA_VERSION,
         'command': command,
-        'settings': asdict(settings),
+        'settings': {**asdict(settings), 'keeps_memory': keeps_memory},
         'environment': environment,
         'load': watch.report(),
         'comparisons': comparisons,

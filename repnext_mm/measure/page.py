@@ -114,9 +114,10 @@ def _sections(content: Mapping[str, Any]) -> Iterator[Section]:
     dtype = settings.get('dtype', '')
     if 'comparisons' in content:
         norms = ', frozen norm statistics' if settings.get('norm_eval') else ''
+        memory = ', freed memory kept' if settings.get('keeps_memory') else ''
         for each in content['comparisons']:
             shape = 'x'.join(map(str, each['shape']))
-            yield _section(f'{each["subject"]}, {shape}, {dtype}{norms}', each)
+            yield _section(f'{each["subject"]}, {shape}, {dtype}{norms}{memory}', each)
     elif content['command'] == 'throughput':
         size = 'x'.join(map(str, settings['size']))
         comparison = content['comparison']
@@ -186,6 +187,7 @@ def _verdict(row: Mapping[str, Any], floor: float) -> str:
 
 TITLES = {
     'train-step': 'Training steps',
+    'model-step': 'Training steps of complete models',
     'inference': 'Inference in PyTorch',
     'layers': 'Layers',
     'deploy': 'Exported files',

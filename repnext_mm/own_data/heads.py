@@ -15,6 +15,7 @@ from ..complexity import count_macs, count_parameters
 from ..configs import FOLDER
 from ..datasets.folders.records import Kind
 from ..engine.frameworks import import_framework
+from ..engine.inference import without_weights
 
 Model = dict[str, Any]
 #: One process has no statistics to synchronize.
@@ -226,7 +227,7 @@ def cost(model: Mapping[str, Any], scope: str, size: tuple[int, int]) -> tuple[i
     """
     import_framework(scope)
     with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
-        built = MODELS.build(ConfigDict(_without_weights(dict(model))))
+        built = MODELS.build(without_weights(ConfigDict(model)))
     parameters = count_parameters(built)
     built.eval()
     with torch.no_grad():
@@ -253,11 +254,3 @@ def _two_stage_macs(model: Any, size: tuple[int, int]) -> int:
             found = model.test_cfg['rcnn']['max_per_img']
             heads.mask_head(torch.empty(found, width, 14, 14, device='meta'))
     return counter.get_total_flops() // 2
-
-
-def _without_weights(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {k: _without_weights(v) for k, v in node.items() if k != 'init_cfg'}
-    if isinstance(node, list | tuple):
-        return type(node)(_without_weights(item) for item in node)
-    return node
