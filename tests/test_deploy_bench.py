@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -94,7 +94,7 @@ def _cpu_without_bfloat16() -> Iterator[None]:
 class WorkerHere(Worker):
     """A worker in a thread of this process, which has imported torch already."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, variables: Mapping[str, str] | None = None) -> None:
         (requests, ask), (answer, answers) = os.pipe(), os.pipe()
         streams = os.fdopen(requests), os.fdopen(answers, 'w')
         thread = threading.Thread(target=self._serve, args=streams, daemon=True)
