@@ -34,10 +34,13 @@ def test_settings_of_a_process_reach_its_steps(tmp_path: Path) -> None:
 
 
 def test_a_segmentor_is_timed_too(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ['model-step', 'semantic_fpn_repnext_m0_ade20k', *QUICK, '--variants', 'merged']
-    assert main([*command, '--json', '-']) == 0
-    [result] = json.loads(capsys.readouterr().out)['comparisons']
-    assert result['reference'] == 'merged'
+    command = ['model-step', 'semantic_fpn_repnext_m0_ade20k', *QUICK, '--amp', 'bfloat16']
+    variants = ['merged', 'merged/channels_last']
+    assert main([*command, '--variants', *variants, '--json', '-']) == 0
+    content = json.loads(capsys.readouterr().out)
+    [result] = content['comparisons']
+    assert [row['variant'] for row in result['rows']] == variants
+    assert content['settings']['dtype'] == 'bfloat16'
 
 
 def test_what_cannot_be_timed_is_refused(
@@ -47,7 +50,9 @@ def test_what_cannot_be_timed_is_refused(
     config.write_text("model = dict(type='RepNeXt', arch='m0')\n")
     assert main(['model-step', str(config), *QUICK, '--variants', 'merged']) == 2
     assert 'contains no detector or segmentor' in capsys.readouterr().err
-    with pytest.raises(ValueError, match="'fused' is not one of branches, branches/keep_memory"):
+    with pytest.raises(ValueError, match="'fused' is not one of branches, merged"):
         training.run('mask_rcnn_repnext_m0_coco', ['fused'], training.Settings())
+    with pytest.raises(ValueError, match="'compile' is not one of keep_memory, channels_last"):
+        training.check_variant('merged/compile')
     with pytest.raises(ValueError, match='batch=0'):
         training.Settings(batch=0)

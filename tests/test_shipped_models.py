@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from repnext_mm.deploy import web_runtime
 from repnext_mm.deploy.cli import deploy_main
+from repnext_mm.deploy.explain import parts_of
 from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
 from repnext_mm.prediction.command import predict_main
 from repnext_mm.runtimes import ArtifactError, open_artifact, predictor
@@ -640,6 +642,29 @@ def test_time_and_where_it_goes(
         (record,) = json.loads(capsys.readouterr().out)
         assert {'backbone', 'neck', 'head', 'RoIAlign', 'NMS', 'masks'} <= set(record['parts'])
         assert sum(part['share'] for part in record['parts'].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_convolutions_that_the_runtime_renames_keep_their_part(
+    shipped: dict[str, Path], tmp_path: Path
+) -> None:
+    import onnx
+    import onnxruntime
+
+    path = file(shipped['det'], 'hw.onnx')
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
+    onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    exported, computed = (
+        onnx.load(each).graph.node for each in (path, options.optimized_model_filepath)
+    )
+    parts = parts_of(computed, exported)
+    counts = Counter(parts[node.name] for node in computed if 'Conv' in node.op_type)
+    assert counts == Counter(
+        node.name.split('::')[0] for node in exported if 'Conv' in node.op_type
+    )
+    assert {*counts} == {'backbone', 'neck', 'head', 'masks'}
 
 
 @pytest.mark.slow

@@ -159,8 +159,21 @@ def _part(name: str) -> str:
     return name.split(IN_PART)[0].removeprefix('fused ') if IN_PART in name else ''
 
 
-def _parts_of(nodes: Sequence[Any]) -> dict[str, str]:
-    """The part of each node, by name; a node that the runtime made has that of its next reader."""
+#: ONNX Runtime names a convolution in its blocked layout by its output and this.
+BLOCKED = '_nchwc'
+
+
+def parts_of(nodes: Sequence[Any], exported: Sequence[Any]) -> dict[str, str]:
+    """The part of each ONNX node that a runtime computes, by name.
+
+    A node that the runtime made has the part of the exported node whose output it computes, or
+    else that of its next reader.
+
+    Args:
+        nodes: As the runtime has changed them.
+        exported: As they are in the file.
+    """
+    outputs = {name: _part(node.name) for node in exported for name in node.output}
     readers: dict[str, list[Any]] = {}
     for node in nodes:
         for name in node.input:
@@ -168,7 +181,8 @@ def _parts_of(nodes: Sequence[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in reversed(nodes):  # readers come later in a graph
         later = (found.get(r.name, '') for name in node.output for r in readers.get(name, ()))
-        found[node.name] = _part(node.name) or next(filter(None, later), '')
+        own = _part(node.name) or outputs.get(node.name.removesuffix(BLOCKED))
+        found[node.name] = own or next(filter(None, later), '')
     return found
 
 
@@ -245,7 +259,8 @@ def _onnxruntime(
         graph = onnx.load(options.optimized_model_filepath).graph
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
-    parts = _parts_of(graph.node)
+    exported = onnx.load(artifact.path, load_external_data=False).graph
+    parts = parts_of(graph.node, exported.node)
 
     def kind(name: str, operator: str) -> str:
         node = nodes.get(name)

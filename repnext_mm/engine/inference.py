@@ -140,6 +140,11 @@ class TrainedModel:
         self.classes: tuple[str, ...] = tuple(classes or self._numbered())
         self.transform = self._classifiers() if classifies else self._pipeline()
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model computes on the CPU."""
+        return next(self.model.parameters()).device.type == 'cpu'
+
     def _numbered(self) -> list[str]:
         weights = list(self.model.state_dict().values())
         return [f'class {i}' for i in range(weights[-1].shape[0])]

@@ -75,7 +75,7 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
 
 
 def add_model_step(command: argparse.ArgumentParser) -> None:
-    from .training import all_variants
+    from ..engine.amp import AMP_DTYPES
 
     command.add_argument('config', help='config file, or a name that `repnext-mm models` lists')
     command.add_argument('--size', default='800x1333', help='side, or HEIGHTxWIDTH, of the images')
@@ -83,11 +83,13 @@ def add_model_step(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--variants',
         nargs='+',
-        choices=all_variants(),
-        default=all_variants(),
-        metavar='FORM[/keep_memory]',
-        help='what to compare, the reference first; each takes the memory of a training',
+        default=[],
+        metavar='FORM[/keep_memory][/channels_last]',
+        help='what to compare, the reference first; each takes the memory of a training (None: '
+        'branches and merged, on a CPU with and without keep_memory)',
     )
+    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    command.add_argument('--amp', choices=AMP_DTYPES, help='train in mixed precision')
     add_threads(command)
     command.add_argument('--profile', action='store_true', help='add time by operator')
     add_turns(command, 600)
@@ -351,6 +353,8 @@ def model_steps(args: argparse.Namespace) -> Record:
         training.Settings(
             size=parse_size(args.size),
             batch=args.batch,
+            device=args.device,
+            amp=args.amp,
             threads=args.threads,
             schedule=training.schedule(args.rounds, args.budget_s),
             profile=args.profile,

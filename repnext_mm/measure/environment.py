@@ -96,6 +96,16 @@ def load_average() -> float | None:
         return None
 
 
+def require_device(device: str) -> None:
+    """See that a device can be measured on.
+
+    Raises:
+        ValueError: It is 'cuda', and there is no GPU.
+    """
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('device=cuda is asked for, but torch sees no GPU; use cpu.')
+
+
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
     """Installed versions by name; None for what is not installed."""
     return {name: _version(PACKAGES.get(name, (name,))) for name in packages}

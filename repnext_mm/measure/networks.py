@@ -28,7 +28,7 @@ from ..layers.blocks import GELU, Downsample, MetaNeXtBlock
 from ..layers.execution import set_execution
 from ..network import PLANS
 from ..reparam import reparameterize
-from .environment import LoadWatch, describe
+from .environment import LoadWatch, describe, require_device
 from .memory import peak_bytes, step_memory
 from .operators import by_operator
 from .rounds import CallRunner, Deadline, Schedule, compare
@@ -71,8 +71,7 @@ class Settings:
                 f'batch={self.batch}, channels={self.channels} and size={self.size} must be '
                 'positive.'
             )
-        if self.device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError('device=cuda is asked for, but torch sees no GPU; use cpu.')
+        require_device(self.device)
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == 'float32':

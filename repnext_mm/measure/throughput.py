@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..network import Network
 from ..reparam import reparameterize
 from ..reparam.convolution_norms import fold_convolution_norms
-from .environment import LoadWatch, describe
+from .environment import LoadWatch, describe, require_device
 from .rounds import CallRunner, Deadline, Schedule, compare
 from .tables import Record, record
 
@@ -61,8 +61,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch is not None and self.batch < 1:
             raise ValueError(f'batch={self.batch} must be at least 1.')
-        if self.device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError('device=cuda is asked for, but torch sees no GPU; use cpu.')
+        require_device(self.device)
 
     def ways(self) -> Iterator[Way]:
         """How each network is computed, the plain way first."""

@@ -17,15 +17,16 @@ import torch
 from ..engine.allocator import VARIABLE
 from ..engine.errors import UserError
 from .artifacts import Remote, workers
-from .environment import LoadWatch, describe
+from .environment import LoadWatch, describe, require_device
 from .rounds import Deadline, Schedule, compare
 from .tables import Record, record
 
 SCHEMA_VERSION = 1
 #: How the backbone computes, by its arguments, the reference first.
 FORMS: dict[str, dict[str, Any]] = {'branches': {'fast': False}, 'merged': {}}
-#: Keep the memory that a step frees, as `repnext-mm train` does on a CPU.
-KEEP_MEMORY = 'keep_memory'
+#: Keep the memory that a step frees, as `repnext-mm train` does on a CPU; and weights and feature
+#: maps of all of the model in channels_last.
+KEEP_MEMORY, CHANNELS_LAST = OPTIONS = ('keep_memory', 'channels_last')
 #: Objects of an image, about as in COCO.
 OBJECTS = 7
 
@@ -37,6 +38,8 @@ class Settings:
     Args:
         size: Height and width of the images.
         batch: Images of a step.
+        device: 'cpu' or 'cuda'.
+        amp: 'bfloat16' or 'float16' for mixed precision, as `repnext-mm train --amp` computes.
         threads: Of each process; None takes torch's number.
         schedule: How long to measure.
         profile: Add the time by operator.
@@ -44,6 +47,8 @@ class Settings:
 
     size: tuple[int, int] = (800, 1333)
     batch: int = 2
+    device: str = 'cpu'
+    amp: str | None = None
     threads: int | None = None
     schedule: Schedule = field(default_factory=Schedule)
     profile: bool = False
@@ -51,6 +56,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch < 1 or min(self.size) < 1:
             raise ValueError(f'batch={self.batch} and size={self.size} must be positive.')
+        require_device(self.device)
 
 
 def schedule(rounds: int, budget_s: float) -> Schedule:
@@ -58,9 +64,26 @@ def schedule(rounds: int, budget_s: float) -> Schedule:
     return Schedule(rounds, warmup_window=3, warmup_tolerance=0.05, budget_s=budget_s)
 
 
-def all_variants() -> list[str]:
-    """Every form with and without kept memory, the reference first."""
+def default_variants(device: str) -> list[str]:
+    """Every form, on a CPU with and without kept memory; the reference first."""
+    if device != 'cpu':
+        return [*FORMS]
     return [name for form in FORMS for name in (form, f'{form}/{KEEP_MEMORY}')]
+
+
+def check_variant(text: str) -> None:
+    """See that `text` is FORM[/keep_memory][/channels_last].
+
+    Raises:
+        ValueError: The form or an option is unknown.
+    """
+    form, *options = text.split('/')
+    for given, allowed in [(form, FORMS), *((option, OPTIONS) for option in options)]:
+        if given not in allowed:
+            raise ValueError(
+                f'variant {text!r}: {given!r} is not one of {", ".join(allowed)}; write '
+                f'FORM{"".join(f"[/{option}]" for option in OPTIONS)}.'
+            )
 
 
 def run(
@@ -73,7 +96,8 @@ def run(
 
     Args:
         config: A config file, or a name that `repnext-mm models` lists.
-        variants: Out of `all_variants`; the first one is the reference. None means all.
+        variants: As `check_variant` takes them; the first one is the reference. None means
+            `default_variants`.
         settings: What they share.
         say: Receives a line about each before it is timed.
 
@@ -84,17 +108,20 @@ def run(
         ValueError: A variant is unknown.
         UserError: The config has no detector or segmentor, or a process fails.
     """
-    names = list(dict.fromkeys(variants or all_variants()))
+    names = list(dict.fromkeys(variants or default_variants(settings.device)))
     for name in names:
-        if name not in all_variants():
-            raise ValueError(f'variant {name!r} is not one of {", ".join(all_variants())}.')
+        check_variant(name)
     watch = LoadWatch()
     environment = describe(('mmdet', 'mmsegmentation'))
     threads = settings.threads or torch.get_num_threads()
     reference = names[0]
     deadline = Deadline(settings.schedule.budget_s)
     opened: dict[str, Record] = {}
-    variables = {name: {VARIABLE: str(int(name.endswith(KEEP_MEMORY)))} for name in names}
+    # What asks MMEngine for a device shall not be told of a GPU that is not used.
+    hidden = {'CUDA_VISIBLE_DEVICES': ''} if settings.device == 'cpu' else {}
+    variables = {
+        name: {VARIABLE: str(int(KEEP_MEMORY in name.split('/'))), **hidden} for name in names
+    }
     with workers(names, threads, variables) as processes:
 
         def start(name: str, known_as: str) -> Remote:
@@ -102,9 +129,11 @@ def run(
                 'opener': f'{__name__}:open_step',
                 'threads': threads,
                 'config': config,
-                'form': name.partition('/')[0],
+                'variant': name,
                 'size': settings.size,
                 'batch': settings.batch,
+                'device': settings.device,
+                'amp': settings.amp,
                 'profile': settings.profile and known_as == name,
             }
             opened[known_as] = processes[name].ask({'open': known_as, 'spec': spec})
@@ -130,7 +159,7 @@ def run(
     return {
         'schema_version': SCHEMA_VERSION,
         'command': 'model-step',
-        'settings': {**asdict(settings), 'config': config, 'dtype': 'float32'},
+        'settings': {**asdict(settings), 'config': config, 'dtype': settings.amp or 'float32'},
         'environment': {**environment, 'threads': threads},
         'load': watch.report(),
         'comparisons': [result],
@@ -150,13 +179,16 @@ def open_step(spec: Record) -> tuple[Callable[[], Any], Record]:
     from mmengine.registry import MODELS, DefaultScope
 
     from ..engine.allocator import keep_freed_memory
+    from ..engine.amp import enable_amp, fit_amp_to_cpu, keep_float32_where_needed
     from ..engine.config_file import load_config
     from ..engine.frameworks import import_framework
     from ..engine.inference import without_weights
     from ..engine.quiet import muffled
     from .operators import by_operator
 
-    keep_freed_memory()
+    form, *options = spec['variant'].split('/')
+    device = torch.device(spec['device'])
+    keep_freed_memory()  # where the environment of this process says so
     cfg = load_config(spec['config'], {}, None, 'none')
     scope = cfg.get('default_scope')
     import_framework(scope)
@@ -166,24 +198,35 @@ def open_step(spec: Record) -> tuple[Callable[[], Any], Record]:
             f'{spec["config"]} contains no detector or segmentor; `repnext-mm benchmark '
             'train-step` times a backbone.'
         )
+    if spec['amp']:
+        enable_amp(cfg, spec['amp'])
+        if device.type == 'cpu':
+            fit_amp_to_cpu(cfg.optim_wrapper)
     torch.manual_seed(0)
     with muffled(), DefaultScope.overwrite_default_scope(scope):
         settings = without_weights(cfg.model)
-        settings['backbone'].update(FORMS[spec['form']])
+        settings['backbone'].update(FORMS[form])
         model = MODELS.build(settings)
         model.init_weights()
+        model.to(device)
+        if CHANNELS_LAST in options:
+            model.to(memory_format=torch.channels_last)
+        if spec['amp']:
+            keep_float32_where_needed(model)
         optimizer = build_optim_wrapper(model.train(), cfg.optim_wrapper)
     data = batch(model, spec['batch'], spec['size'])
 
     def step() -> None:
         torch.manual_seed(0)  # the same samples of the candidates
         model.train_step(data, optimizer)
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
 
     facts: Record = {'subject': Path(spec['config']).stem}
     if spec['profile']:
         for _ in range(2):  # the first ones still find their memory
             step()
-        facts['operators'] = by_operator(step, runs=1)
+        facts['operators'] = by_operator(step, runs=1, device=device.type)
     return step, facts
 
 

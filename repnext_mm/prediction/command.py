@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets.folders import DataError, Example, LabeledFolder, read_folder
+from ..engine.allocator import keep_freed_memory
 from ..engine.errors import UserError, run_tool, sigterm_raises
 from ..engine.inference import Result
 from ..files import free_folder
@@ -116,6 +117,8 @@ def predict(args: argparse.Namespace) -> int:
     predictor = Predictor(
         args.model, args.config, args.device, args.threads, args.precision, args.trust
     )
+    if predictor.trained is not None and predictor.trained.on_cpu:
+        keep_freed_memory()
     keep = _classes(predictor, args.classes)
     truth = _truths(folder, predictor) if folder is not None else {}
     out, single = _target(args.out, sources)
