@@ -166,14 +166,20 @@ BLOCKED = '_nchwc'
 def parts_of(nodes: Sequence[Any], exported: Sequence[Any]) -> dict[str, str]:
     """The part of each ONNX node that a runtime computes, by name.
 
-    A node that the runtime made has the part of the exported node whose output it computes, or
-    else that of its next reader.
+    A node that the runtime made has the part of the exported convolution whose output it computes,
+    with an activation after it or without, or else that of its next reader.
 
     Args:
         nodes: As the runtime has changed them.
         exported: As they are in the file.
     """
-    outputs = {name: _part(node.name) for node in exported for name in node.output}
+    makers = {name: node for node in exported for name in node.output}
+
+    def convolution(output: str) -> str:
+        while (node := makers.get(output)) is not None and 'Conv' not in node.op_type:
+            output = next(iter(node.input), '')
+        return _part(node.name) if node is not None else ''
+
     readers: dict[str, list[Any]] = {}
     for node in nodes:
         for name in node.input:
@@ -181,8 +187,10 @@ def parts_of(nodes: Sequence[Any], exported: Sequence[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in reversed(nodes):  # readers come later in a graph
         later = (found.get(r.name, '') for name in node.output for r in readers.get(name, ()))
-        own = _part(node.name) or outputs.get(node.name.removesuffix(BLOCKED))
-        found[node.name] = own or next(filter(None, later), '')
+        name = node.name
+        blocked = name.removesuffix(BLOCKED) if name.endswith(BLOCKED) else ''
+        own = _part(name) or convolution(blocked)
+        found[name] = own or next(filter(None, later), '')
     return found
 
 

@@ -171,14 +171,16 @@ IN_PART = '::'
 
 def name_parts(nodes: Iterable[Any]) -> None:
     """Put before the name of each ONNX node what part of the model it is, for `explain`."""
-    part = 'images'
+    part = outside = 'images'
     for node in nodes:
         scopes = {entry.key: entry.value for entry in node.metadata_props}
         text = scopes.get('pkg.torch.onnx.name_scopes')
         if text is not None:
             names = ast.literal_eval(text)
             parts = (p for start, p in PARTS if any(name.startswith(start) for name in names))
-            part = next(parts, 'images')
+            part = next(parts, outside)
+            if part not in AFTER_NETWORK:
+                outside = 'selection'  # what the target computes itself, once there are features
         own = 'NMS' if node.op_type == 'NonMaxSuppression' else part
         node.name = f'{own}{IN_PART}{node.name}'
 

@@ -401,6 +401,13 @@ class Atlas:
         return cls(torch.cat(pieces, 3), widths)
 
 
+class JoinLevels(nn.Module):
+    """`Atlas.of` as a module, so that an exported file says where its operations belong."""
+
+    def forward(self, levels: Sequence[Tensor]) -> Atlas:
+        return Atlas.of(levels)
+
+
 class RoIPooling(nn.Module):
     """SingleRoIExtractor: every box pooled at the level of its size.
 
@@ -494,11 +501,12 @@ class RoIStages(nn.Module):
         self.levels = levels.pop() if len(levels) == 1 else 0
         # Boxes of the stages before the last are pooled, and those of the last for masks.
         inside = clips and all(getattr(h.bbox_coder, 'clip_border', True) for h in self.heads)
+        self.pooling_atlas = JoinLevels()
         self.takes_atlas = self.levels > 1 and inside and all(pool.takes_atlas for pool in poolings)
 
     def atlas(self, features: Sequence[Tensor]) -> Atlas:
         """The features as `forward` and `masks` take them, too, where `takes_atlas`."""
-        return Atlas.of(features[: self.levels])
+        return self.pooling_atlas(features[: self.levels])
 
     def forward(
         self, features: Sequence[Tensor] | Atlas, proposals: Found, image_size: Tensor
