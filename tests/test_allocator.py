@@ -14,7 +14,7 @@ from repnext_mm.engine.allocator import VARIABLE, keep_freed_memory
 needs_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != 'glibc', reason='the C library is not glibc'
 )
-#: Prints whether memory is kept, and the page faults of taking 256 MiB once more.
+#: Prints whether memory is kept, and the page faults of taking 64 MiB once more.
 TAKE_AGAIN = """
 import resource, sys, threading
 from repnext_mm.engine.allocator import keep_freed_memory
@@ -22,13 +22,13 @@ import torch
 
 def take():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(64 * 2**20)
+    torch.zeros(16 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 kept = keep_freed_memory()
 torch.set_num_threads(1)
-# The heap may grow for a few times, as other values move into it.
-print(int(kept), min(take() for _ in range(6)))
+# The heap grows for a few times: to align a tensor, glibc before 2.38 asks for more than that.
+print(int(kept), min(take() for _ in range(20)))
 thread = threading.Thread(target=take)
 thread.start()
 thread.join()
@@ -51,9 +51,9 @@ def faults(**variables: str) -> tuple[bool, int]:
 @needs_glibc
 def test_memory_is_not_taken_from_the_system_again() -> None:
     kept, count = faults()
-    assert kept and count < 64
-    # Even in huge pages, 256 MiB are 128 of them.
-    assert faults(**{VARIABLE: '0'})[1] >= 128
+    assert kept and count < 16
+    # Even in huge pages, 64 MiB are 32 of them.
+    assert faults(**{VARIABLE: '0'})[1] >= 32
 
 
 @needs_glibc
