@@ -220,7 +220,7 @@ def test_all_processes_stop(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith('error [rank')]
     # torchrun ends the second process when it sees the first one end; either may be quicker.
-    assert errors, done.stderr[-3000:]
+    assert any(line.startswith('error [rank 0]') for line in errors)
     assert 'closed by peer' not in done.stderr
     assert len({re.search(r'iteration (\d+)', line)[1] for line in errors}) == 1
 

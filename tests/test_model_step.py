@@ -53,6 +53,6 @@ def test_what_cannot_be_timed_is_refused(
     with pytest.raises(ValueError, match="'fused' is not one of branches, merged"):
         training.run('mask_rcnn_repnext_m0_coco', ['fused'], training.Settings())
     with pytest.raises(ValueError, match="'compile' is not one of keep_memory, channels_last"):
-        training.check_variant('merged/compile')
+        training.run('mask_rcnn_repnext_m0_coco', ['merged/compile'], training.Settings())
     with pytest.raises(ValueError, match='batch=0'):
         training.Settings(batch=0)

@@ -28,6 +28,7 @@ from repnext_mm.checkpoints import read_run
 from repnext_mm.datasets.folders import LabeledFolder, read_folder
 from repnext_mm.engine.errors import UserError
 from repnext_mm.engine.inference import config_of
+from repnext_mm.prediction import command
 from repnext_mm.prediction.command import predict_main
 from repnext_mm.prediction.sources import find_sources
 
@@ -438,3 +439,16 @@ def test_ctrl_c_keeps_what_is_there(
     pictures = {path.name for path in out.glob('*.jpg')}
     assert written <= pictures | {max(written)}
     assert 3 <= len(written) < 2000
+
+
+def test_a_checkpoint_on_the_cpu_keeps_freed_memory(
+    folders: dict[str, Path],
+    checkpoints: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(command, 'keep_freed_memory', lambda: asked.append(True))
+    image = images(folders['boxes'])[0]
+    assert run(capsys, checkpoints['boxes'], image, '--device', 'cpu')[0] == 0
+    assert asked == [True]

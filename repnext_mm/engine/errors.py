@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ PLEASE = (
     'please report it where you got repnext_mm from (CONTRIBUTING.md), with the lines above and '
     'what `repnext-mm doctor` prints.'
 )
+#: torchrun ends all processes when it sees one end: the first one says before what happened.
+GRACE_S = 2.0
 TRACEBACK_VARIABLE = 'REPNEXT_MM_TRACEBACK'
 #: Lines with which torch tells how to load a file that it refused.
 ADVICE = re.compile(r'weights_only|Weights only load failed|arbitrary code execution')
@@ -160,7 +163,9 @@ def run_tool(main: Callable[[], None]) -> int:
             print(_trace(error), file=sys.stderr)
         rank = os.environ.get('RANK')
         where = f'error{f" [rank {rank}]" if rank else ""}'
-        print(f'{where}: {printable(sentence or _report(error))}', file=sys.stderr)
+        print(f'{where}: {printable(sentence or _report(error))}', file=sys.stderr, flush=True)
+        if rank and not is_first():
+            time.sleep(GRACE_S)
         return error.exit_code if isinstance(error, UserError) else 1
     return 0
 

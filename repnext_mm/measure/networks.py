@@ -31,7 +31,7 @@ from ..reparam import reparameterize
 from .environment import LoadWatch, describe, require_device
 from .memory import peak_bytes, step_memory
 from .operators import by_operator
-from .rounds import CallRunner, Deadline, Schedule, compare
+from .rounds import CallRunner, Deadline, Schedule, compare, split_variant
 from .tables import Record, record
 
 SCHEMA_VERSION = 1
@@ -94,13 +94,7 @@ class Variant:
         Raises:
             ValueError: The form or an option is unknown.
         """
-        form, *options = text.split('/')
-        for given, allowed in [(form, forms), *((option, OPTIONS) for option in options)]:
-            if given not in allowed:
-                raise ValueError(
-                    f'variant {text!r}: {given!r} is not one of {", ".join(allowed)}; write '
-                    'FORM[/channels_last][/compile].'
-                )
+        form, options = split_variant(text, forms, OPTIONS)
         return cls(form, 'channels_last' in options, 'compile' in options)
 
     def __str__(self) -> str:

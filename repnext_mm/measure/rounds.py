@@ -12,7 +12,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,6 +27,22 @@ MIN_ROUNDS = 6
 RESAMPLES = 10_000
 
 Clock = Callable[[], float]
+
+
+def split_variant(text: str, forms: Iterable[str], options: Sequence[str]) -> tuple[str, list[str]]:
+    """The form and the options of 'FORM[/OPTION]...'.
+
+    Raises:
+        ValueError: One of them is unknown.
+    """
+    form, *given = text.split('/')
+    for each, allowed in [(form, forms), *((option, options) for option in given)]:
+        if each not in allowed:
+            raise ValueError(
+                f'variant {text!r}: {each!r} is not one of {", ".join(allowed)}; write '
+                f'FORM{"".join(f"[/{option}]" for option in options)}.'
+            )
+    return form, given
 
 
 class Runner(Protocol):

@@ -18,7 +18,7 @@ from ..engine.allocator import VARIABLE
 from ..engine.errors import UserError
 from .artifacts import Remote, workers
 from .environment import LoadWatch, describe, require_device
-from .rounds import Deadline, Schedule, compare
+from .rounds import Deadline, Schedule, compare, split_variant
 from .tables import Record, record
 
 SCHEMA_VERSION = 1
@@ -71,21 +71,6 @@ def default_variants(device: str) -> list[str]:
     return [name for form in FORMS for name in (form, f'{form}/{KEEP_MEMORY}')]
 
 
-def check_variant(text: str) -> None:
-    """See that `text` is FORM[/keep_memory][/channels_last].
-
-    Raises:
-        ValueError: The form or an option is unknown.
-    """
-    form, *options = text.split('/')
-    for given, allowed in [(form, FORMS), *((option, OPTIONS) for option in options)]:
-        if given not in allowed:
-            raise ValueError(
-                f'variant {text!r}: {given!r} is not one of {", ".join(allowed)}; write '
-                f'FORM{"".join(f"[/{option}]" for option in OPTIONS)}.'
-            )
-
-
 def run(
     config: str,
     variants: Sequence[str],
@@ -96,7 +81,7 @@ def run(
 
     Args:
         config: A config file, or a name that `repnext-mm models` lists.
-        variants: As `check_variant` takes them; the first one is the reference. None means
+        variants: FORM[/keep_memory][/channels_last]; the first one is the reference. None means
             `default_variants`.
         settings: What they share.
         say: Receives a line about each before it is timed.
@@ -110,7 +95,7 @@ def run(
     """
     names = list(dict.fromkeys(variants or default_variants(settings.device)))
     for name in names:
-        check_variant(name)
+        split_variant(name, FORMS, OPTIONS)
     watch = LoadWatch()
     environment = describe(('mmdet', 'mmsegmentation'))
     threads = settings.threads or torch.get_num_threads()
