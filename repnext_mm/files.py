@@ -63,6 +63,10 @@ def write_text(path: str | Path, text: str) -> None:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+#: Seconds that the holder of a lock may take to write whose it is.
+OWNER_S = 2.0
+
+
 class FolderBusy(OSError):
     """Another process works in a folder; `owner` is what it wrote about itself."""
 
@@ -71,10 +75,11 @@ class FolderBusy(OSError):
         self.owner = owner
 
 
-def hold(path: str | Path) -> FileLock:
+def hold(path: str | Path, timeout: float = 0) -> FileLock:
     """Take the lock file `path` for this process, and write into it whose it is.
 
-    The system frees the lock of a process that was killed. `let_go` frees it.
+    The system frees the lock of a process that was killed. `let_go` frees it. `timeout` is how
+    long another process is waited for, in s; for ever where it is negative.
 
     Raises:
         FolderBusy: Another process holds it.
@@ -82,11 +87,14 @@ def hold(path: str | Path) -> FileLock:
     """
     path = Path(path)
     while True:
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=timeout)
         try:
             lock.acquire()
         except Timeout as error:
-            raise FolderBusy(path, lock_owner(path)) from error
+            owner = lock_owner(path)
+            if owner is None:
+                continue  # its holder has just let it go
+            raise FolderBusy(path, owner) from error
         if path.exists():
             break
         lock.release()  # of a file that its holder removed as we opened it
@@ -103,12 +111,23 @@ def let_go(lock: FileLock) -> None:
     lock.release()
 
 
-def lock_owner(path: str | Path) -> str:
-    """What the holder of a lock wrote about itself."""
-    try:
-        return Path(path).read_text('utf-8').strip() or 'unknown'
-    except (OSError, ValueError):
-        return 'unknown'
+def lock_owner(path: str | Path) -> str | None:
+    """What the holder of a lock wrote about itself: just after it took the lock.
+
+    None if the file is no longer there.
+    """
+    until = time.monotonic() + OWNER_S
+    while time.monotonic() < until:
+        try:
+            owner = Path(path).read_text('utf-8').strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            break
+        if owner:
+            return owner
+        time.sleep(0.01)
+    return 'unknown'
 
 
 def free_folder(asked: str | Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomise
+from filelock import FileLock
 from weight_files import (
     HTML,
     assert_holds,
@@ -41,6 +42,7 @@ from repnext_mm.checkpoints import (
     load_pretrained,
     read_weights,
 )
+from repnext_mm.files import FolderBusy, hold, let_go, lock_owner
 
 
 class Server(ThreadingHTTPServer):
@@ -438,6 +440,20 @@ def test_waiting_for_another_process_is_said(
     waiting = [line for line in capfd.readouterr().err.splitlines() if 'Waiting' in line]
     assert len(waiting) == 1
     assert re.search(r'process \d+', waiting[0])
+
+
+def test_the_owner_of_a_lock_may_write_late(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / 'lock')  # taken, and its file is still empty
+    lock.acquire()
+    writing = threading.Timer(0.2, lambda: (tmp_path / 'lock').write_text('process 7'))
+    writing.start()
+    with pytest.raises(FolderBusy, match='process 7'):
+        hold(tmp_path / 'lock')
+    writing.join()
+    let_go(lock)
+    assert lock_owner(tmp_path / 'lock') is None
+    let_go(hold(tmp_path / 'lock', timeout=-1))
+    assert not (tmp_path / 'lock').exists()
 
 
 def test_what_a_killed_download_left_is_cleared_and_no_other(

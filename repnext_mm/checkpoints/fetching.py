@@ -20,9 +20,8 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
 import torch
-from filelock import FileLock
 
-from ..files import FolderBusy, hold, write_text
+from ..files import FolderBusy, hold, let_go, write_text
 from ..text import closest
 from .errors import CheckpointError
 from .published import HUB, PUBLISHED, find_published, names_for, strip_suffix
@@ -133,12 +132,11 @@ def _turn(path: Path, target: Path) -> Iterator[None]:
         lock = hold(path)
     except FolderBusy as busy:
         print(f'Waiting for {target}, which {busy.owner} fetches', file=sys.stderr, flush=True)
-        lock = FileLock(path)
-        lock.acquire()
+        lock = hold(path, timeout=-1)
     try:
         yield
     finally:
-        lock.release()
+        let_go(lock)
 
 
 # --- digests
