@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import browser
+import mm_models
 import numpy as np
+import published_models
 import pytest
 import torch
 from evaluations import ONE_POINT, Trained, small_models
+from mmengine.config import Config
 from PIL import Image
 
-from repnext_mm.deploy import web_runtime
+from repnext_mm.deploy import parity, web_runtime
 from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.explain import parts_of
 from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
@@ -29,6 +32,8 @@ from repnext_mm.runtimes.predictor import Model, PredictError
 
 pytest.importorskip('onnxruntime', reason='needs the extra deploy: onnxruntime')
 pytest.importorskip('openvino', reason='needs the extra deploy: openvino')
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
 
 
 @pytest.fixture(scope='module')
@@ -439,6 +444,34 @@ def test_a_file_of_one_size(models: dict[str, Trained], tmp_path: Path) -> None:
         pytest.raises(ArtifactError, match=r'requires images of shape \(1, 3, 64, 64\)'),
     ):
         artifact.run_named({'image': torch.zeros(1, 3, 96, 64), 'image_size': [[96, 64]]})
+
+
+@pytest.mark.slow
+def test_a_neck_that_requires_multiples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RTMDet adds a feature map to one of twice its stride, doubled: sizes open in steps of 32."""
+    config = tmp_path / 'det.py'
+    config.write_text(
+        f'_base_ = {str(CONFIGS / "rtmdet_repnext_m0_coco.py")!r}\n'
+        'model = dict(backbone=dict(init_cfg=None), data_preprocessor=dict(pad_size_divisor=1))\n'
+    )
+    torch.manual_seed(0)
+    model = mm_models.build(Config.fromfile(config)).eval()
+    image, size = torch.randn(1, 3, 160, 192), torch.tensor([[160.0, 192.0]])
+    published_models.spread(model, lambda: parity._detected(model, image, size))
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'det.pth')
+    command = [str(config), str(tmp_path / 'det.pth'), '--format', 'onnx,openvino']
+    folder = tmp_path / 'out'
+    assert deploy_main([*command, '--size', '160x192', '--work-dir', str(folder)]) == 0
+    assert json.loads((folder / 'model.json').read_text())['divisor'] == 32
+    assert len(Model(folder)(np.full((100, 37, 3), 90, np.uint8))['boxes']) > 10
+    for suffix in ('.onnx', '_openvino'):
+        with open_artifact(file(folder, suffix), threads=1) as artifact:
+            assert artifact.takes((2, 3, 96, 256))
+            inputs = {'image': torch.zeros(1, 3, 96, 100), 'image_size': [[96, 100]]}
+            with pytest.raises(ArtifactError, match=r'divisible by 32, not \(1, 3, 96, 100\)'):
+                artifact.run_named(inputs)
+    assert deploy_main([*command, '--size', '100', '--work-dir', str(tmp_path / 'odd')]) == 2
+    assert 'stride 32 leaves 4 px; use 96 or 128' in capsys.readouterr().err
 
 
 @pytest.mark.slow

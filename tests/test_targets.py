@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,33 @@ def compared(target: Any, model: Any, step: Any, images: Tensor, sizes: Tensor) 
     assert sum(len(each['scores']) for each in wanted) > 20
     results = found(named, target, sizes)
     return parity.difference(wanted, results), wanted, results
+
+
+def test_rounding_decides_where_detections_end() -> None:
+    """One for another at the lowest score that is kept; above it, every one must be there."""
+    boxes = np.array([[20 * i, 0, 20 * i + 10, 10] for i in range(6)], np.float32)
+    scores = np.array([0.9, 0.5, 0.2, 0.2, 0.2 + 2e-6, 0.1], np.float32)
+
+    def chosen(*rows: int) -> dict[str, np.ndarray]:
+        part = list(rows)
+        return {'boxes': boxes[part], 'scores': scores[part], 'labels': np.zeros(len(part))}
+
+    def same(one: dict, other: dict, end: float) -> tuple[int, int, float]:
+        found = parity.difference([one], [other], np.array([end]))
+        return found.same, found.exchanged, found.found
+
+    assert same(chosen(0, 1, 2), chosen(0, 1, 2), 0.2) == (1, 0, 1.0)
+    assert same(chosen(0, 1, 2), chosen(0, 1, 3), 0.2) == (1, 2, 1.0)
+    assert same(chosen(0, 1, 2), chosen(0, 1), 0.2) == (1, 1, 1.0)  # at the threshold
+    assert same(chosen(0, 1, 2), chosen(0, 1, 4), 0.2)[0] == 0
+    assert same(chosen(0, 1, 2), chosen(0, 1, 4), 0.20001)[0] == 1
+    assert same(chosen(0, 1, 2), chosen(0, 2, 3), 0.2)[0] == 0
+    assert same(chosen(0, 1, 2), chosen(1, 2), 0.2)[2] == pytest.approx(1 - 0.9 / 1.6)
+    model = SimpleNamespace(test_cfg={'max_per_img': 3, 'score_thr': 0.05})
+    ends = parity._ends(model, [chosen(0, 1, 2), chosen(0, 1), chosen()])
+    np.testing.assert_allclose(ends, [0.2, 0.05, 0.05], rtol=1e-6)
+    model = SimpleNamespace(test_cfg={'rcnn': {'max_per_img': 2, 'score_thr': 0.05}, 'rpn': {}})
+    np.testing.assert_allclose(parity._ends(model, [chosen(0, 1)]), [0.5])
 
 
 @pytest.mark.parametrize('name, word', REFUSED.items())

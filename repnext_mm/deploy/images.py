@@ -24,7 +24,7 @@ COMPLETE_STRIDE = 32
 def compared_on(prepared: Prepared, job: Job) -> list[dict[str, Tensor]]:
     """Inputs to compare on: as exported, of other shapes, and blank for a complete model."""
     stride = COMPLETE_STRIDE if prepared.complete else prepared.target.step
-    shapes = [job.shape, *other_shapes(job.shape, job.dynamic, stride)]
+    shapes = [job.shape, *other_shapes(job.shape, job.dynamic, stride, job.divisor)]
     images = [_image(prepared, job, shape) for shape in shapes]
     # int8 is calibrated for no blank image, whose logits would have to be right.
     calibrated = job.dtype == 'int8' and prepared.target.task == 'classification'

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from ..runtimes import EXTRAS, unpadded
+from ..runtimes import EXTRAS, MOST_SIDE, unpadded
 from .targets import INPUT, Target
 
 #: What torch.onnx writes and ONNX Runtime reads; below 18 it converts, and that fails for some.
@@ -38,6 +38,7 @@ class Job:
         size: Height and width of the images.
         batch: Number of images.
         dynamic: 'none', 'batch', 'hw' for open height and width, or 'batch-hw' for all.
+        divisor: What an open height and width are divisible by.
         dtype: A name in `DTYPES`.
         metadata: Written into the artifact as JSON.
         opset: ONNX operator set.
@@ -51,6 +52,7 @@ class Job:
     metadata: dict[str, Any]
     batch: int = 1
     dynamic: str = 'none'
+    divisor: int = 1
     dtype: str = 'fp32'
     opset: int = OPSET
     ios_target: int = IOS_TARGETS[0]
@@ -92,7 +94,7 @@ class Job:
         batch = max(self.batch, 2) if 'batch' in self.dynamic else self.batch
         # Nor may a feature map of one or two pixels be, where height and width are.
         least = TRACED_SIDE if 'hw' in self.dynamic else 1
-        height, width = (max(side, least) for side in self.size)
+        height, width = (-(-max(side, least) // self.divisor) * self.divisor for side in self.size)
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(batch, 3, height, width, generator=generator)
         if self.target.preprocess is not None:
@@ -106,6 +108,13 @@ class Job:
         image = (*batch, *((2, 3) if 'hw' in self.dynamic else ()))
         return [image, *(batch if EXTRAS[name][1] else () for name in self.target.extras)]
 
+    def _dim(self, dim: int) -> Any:
+        """How torch.export is told that a dimension is open."""
+        if self.divisor == 1 or dim < 2:
+            return Dim.DYNAMIC
+        name = ('height', 'width')[dim - 2]
+        return self.divisor * Dim(f'{name}_by_{self.divisor}', max=MOST_SIDE // self.divisor)
+
     def program(self, dtype: str | None = None, device: str = 'cpu') -> ExportedProgram:
         """The exported program that most formats are made from; traced once for all of them."""
         key = dtype or self.dtype, device
@@ -113,7 +122,7 @@ class Job:
             return self._programs[key]
         module = self.module(dtype).to(device)
         example = tuple(value.to(device) for value in self.example)
-        dims = tuple(dict.fromkeys(dims, Dim.DYNAMIC) for dims in self.open_dims())
+        dims = tuple({dim: self._dim(dim) for dim in dims} for dims in self.open_dims())
         with torch.no_grad():
             program = torch.export.export(
                 module, example, dynamic_shapes=dims if any(dims) else None

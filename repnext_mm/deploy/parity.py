@@ -36,6 +36,8 @@ from .targets import (
 #: Of the arrays to compare on: a batch of 8 in 1344x800 takes 0.6 GB.
 MOST_BYTES = 2 << 30
 INPUTS = (INPUT, IMAGE_SIZE, OUT_SIZE)
+#: So much above the lowest score that is kept, rounding may decide what is.
+END = 1e-5
 FLOOR = 'floor'
 
 
@@ -320,6 +322,7 @@ class Difference:
         score: The same of scores.
         mask_px: Pixels that differ in their masks.
         found: Share of the expected ones, weighted by score, that are found again.
+        exchanged: How many are in one of the two sets only, at the score where they end.
     """
 
     same: int
@@ -328,6 +331,7 @@ class Difference:
     score: float
     mask_px: int
     found: float
+    exchanged: int = 0
 
 
 class DetectionParity(Parity):
@@ -340,9 +344,11 @@ class DetectionParity(Parity):
         image, sizes = inputs[INPUT], inputs[IMAGE_SIZE]
         x = target.preprocess.apply(image, sizes) if target.preprocess else image
         found, after = (_detected(model, x, sizes) for model in (trained, fused))
-        floor = difference(found, after)
+        ends = _ends(trained, found)
+        floor = difference(found, after, ends + END)
         outputs: dict[str, np.ndarray] = {
             'counts': np.array([len(each['scores']) for each in found]),
+            'ends': ends,
             FLOOR: np.array(
                 [
                     floor.same == floor.images,
@@ -375,8 +381,9 @@ class DetectionParity(Parity):
                 return [ParityRow('detections', False, 'NaN or infinity', {'found': 0.0})]
             shape = int(size[0]), int(size[1])
             got.append(finish(own, metadata, shape, shape, (1.0, 1.0)))
-        apart = difference(want, got)
         same, box_px, score, found, mask_px = expected.outputs[FLOOR]
+        ends = expected.outputs.get('ends')  # not in older files
+        apart = difference(want, got, None if ends is None else ends + max(END, 4 * score))
         inside = sum(int(each['masks'].sum()) for each in want if 'masks' in each)
         # Where fusing alone changes what is found, as at ties, a file may do so as well.
         every = apart.same == apart.images or not same or tolerance.found < 1
@@ -393,12 +400,15 @@ class DetectionParity(Parity):
             f'scores {apart.score:.1e}, {apart.mask_px} mask px (floor {box_px:.1e} px, '
             f'{score:.1e})'
         )
+        if apart.exchanged:
+            text += f', {apart.exchanged} exchanged at the lowest score that is kept'
         measures = {
             'detections': total,
             'found': apart.found,
             'box_px': apart.box_px,
             'score': apart.score,
             'mask_px': apart.mask_px,
+            'exchanged': apart.exchanged,
             'floor_box_px': float(box_px),
             'floor_score': float(score),
         }
@@ -419,17 +429,27 @@ class DetectionParity(Parity):
 
 
 def difference(
-    expected: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mapping[str, np.ndarray]]
+    expected: Sequence[Mapping[str, np.ndarray]],
+    found: Sequence[Mapping[str, np.ndarray]],
+    ends: np.ndarray | None = None,
 ) -> Difference:
-    """Compare detections image by image; each expected one is the next in its class."""
+    """Compare detections image by image; each expected one is the next in its class.
+
+    Args:
+        expected: Of each image, sorted or not.
+        found: The same.
+        ends: `(images,)` scores; what is not above its image's may be in one of the two alone.
+    """
     total = Difference(0, len(expected), 0.0, 0.0, 0, 1.0)
     weight = lost = 0.0
-    for want, got in zip(expected, found, strict=True):
+    limits = [-np.inf] * len(expected) if ends is None else ends.tolist()
+    for want, got, end in zip(expected, found, limits, strict=True):
         pairs = _matches(want, got)
-        complete = len(pairs) == len(want['scores']) == len(got['scores'])
+        missed = np.delete(want['scores'], [i for i, _ in pairs])
+        added = np.delete(got['scores'], [j for _, j in pairs])
+        complete = bool((missed <= end).all() and (added <= end).all())
         weight += float(want['scores'].sum())
-        missed = set(range(len(want['scores']))) - {i for i, _ in pairs}
-        lost += sum(float(want['scores'][i]) for i in missed)
+        lost += float(missed[missed > end].sum())
         box = max((np.abs(want['boxes'][i] - got['boxes'][j]).max() for i, j in pairs), default=0)
         score = max((abs(want['scores'][i] - got['scores'][j]) for i, j in pairs), default=0)
         pixels = 0
@@ -438,11 +458,28 @@ def difference(
         total = replace(
             total,
             same=total.same + complete,
+            exchanged=total.exchanged + int((missed <= end).sum() + (added <= end).sum()),
             box_px=max(total.box_px, float(box)),
             score=max(total.score, float(score)),
             mask_px=total.mask_px + pixels,
         )
     return replace(total, found=1 - lost / weight if weight else 1.0)
+
+
+def _ends(model: Any, found: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """`(images,)`: the lowest score that a detector keeps in each image.
+
+    That of its last detection where there are as many as it may give, else its threshold. Rounding
+    decides on which side of it candidates of this score are.
+    """
+    cfg = model.test_cfg.get('rcnn') or model.test_cfg
+    most, threshold = cfg.get('max_per_img', -1), float(cfg.get('score_thr', 0))
+    return np.array(
+        [
+            float(each['scores'].min()) if 0 < most <= len(each['scores']) else threshold
+            for each in found
+        ]
+    )
 
 
 def _matches(want: Mapping[str, Any], got: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -544,16 +581,20 @@ def check_artifact(
 
 
 def other_shapes(
-    shape: tuple[int, int, int, int], dynamic: str, stride: int
+    shape: tuple[int, int, int, int], dynamic: str, stride: int, divisor: int = 1
 ) -> list[tuple[int, int, int, int]]:
     """Shapes besides the one exported at that an artifact with open dimensions must accept.
 
-    Of heights and widths, one is odd and smaller, and one odd and larger.
+    Of heights and widths, one is odd and smaller, and one odd and larger; or next to that, what
+    they must be divisible by.
     """
     batch, channels, height, width = shape
     more = batch + 2 if 'batch' in dynamic else batch
     if 'hw' in dynamic:
         larger = (height + stride - 3, width + 2 * stride + 1)
         smaller = (max(height // 2 + 1, stride + 1), max(width - stride // 2 + 5, stride + 1))
-        return [(more, channels, *larger), (batch, channels, *smaller)]
+        (h, w), (i, j) = (
+            [-(-side // divisor) * divisor for side in sides] for sides in (larger, smaller)
+        )
+        return [(more, channels, h, w), (batch, channels, i, j)]
     return [(more, channels, height, width)] if 'batch' in dynamic else []

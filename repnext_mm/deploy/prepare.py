@@ -7,18 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..classification import TimmClassifier
+from ..engine.quiet import muffled
 from ..network import Plan
 from ..reparam.fusion import INEXACT
+from ..runtimes import unpadded
 from ..version import __version__
 from .bench import choose_plan
 from .calibration import ENOUGH_IMAGES, MIN_IMAGES, load_picture
 from .errors import DependencyError, UsageError
 from .formats import Format
 from .fusing import fused_model, inexact_kinds
-from .job import Job
+from .job import TRACED_SIDE, Job
 from .notes import Notes
 from .options import Options
 from .quantize import HELD_OUT
@@ -26,6 +30,7 @@ from .report import Record
 from .shipping import Unshippable, settings_of
 from .source import Source
 from .targets import (
+    INPUT,
     BackboneTarget,
     ClassifierTarget,
     DetectorTarget,
@@ -44,6 +49,8 @@ WHY: dict[Plan, str] = {
     'upstream': 'as the published code fuses; each block keeps a BatchNorm',
     'single': 'one depthwise convolution per token mixer',
 }
+#: What the sides of images are divisible by in networks that do not take any size.
+DIVISORS = (1, 32, 64, 128)
 #: The open dimensions that a complete model is given where none are named, the most first.
 MOST_OPEN = ('batch-hw', 'hw', 'batch', 'none')
 
@@ -59,6 +66,7 @@ class Prepared:
         picture: To compare on `(3, h, w)`, as mm loads it; None for noise.
         preprocess: What is built into the artifacts.
         target: What is exported, over the model as it is.
+        divisor: What height and width must be divisible by in a complete model.
         why: Why each format has the plan that it has.
         fused: The model by plan.
         reference: What artifacts are compared with.
@@ -72,6 +80,7 @@ class Prepared:
     picture: Tensor | None
     preprocess: Preprocess | None
     target: Target
+    divisor: int
     why: dict[str, str]
     fused: dict[Plan, nn.Module]
     reference: Any
@@ -125,13 +134,14 @@ def prepare(source: Source, options: Options, notes: Notes) -> Prepared:
     preprocess = _preprocess(source, options)
     target = target_of(source, options, preprocess, source.model)
     formats = _usable_formats(source, options, target, notes)
+    divisor = _divisor(source, target) if source.scope == 'model' else 1
     for size in sizes:
-        _check_size(size, target.step, options.allow_odd)
+        _check_size(size, max(target.step, divisor), options.allow_odd)
     plans = {row.name: _plan(source, options, row, sizes[0], notes) for row in formats}
     fused = {plan: _fuse(source, plan, notes) for plan, _ in plans.values()}
     # What is inexact was asked for by name: it is reported, and what is exported is compared.
     inexact = [model for model in fused.values() if inexact_kinds(model)]
-    settings = _settings(source, target, formats, notes)
+    settings = _settings(source, target, divisor, formats, notes)
     prepared = Prepared(
         source=source,
         options=options,
@@ -139,6 +149,7 @@ def prepare(source: Source, options: Options, notes: Notes) -> Prepared:
         picture=picture,
         preprocess=preprocess,
         target=target,
+        divisor=divisor,
         why={name: why for name, (_, why) in plans.items()},
         fused=fused,
         reference=inexact[0] if inexact else source.model,
@@ -264,6 +275,27 @@ def _check_options(source: Source, options: Options, target: Target, row: Format
 # --- what is decided
 
 
+def _divisor(source: Source, target: Target) -> int:
+    """What the height and width of a complete model must be divisible by; 1 for any.
+
+    A neck that adds a feature map to one of twice its stride, doubled, cannot compute other sizes,
+    and the model's own preprocessor or pipeline pads images accordingly.
+    """
+    own = int((source.preprocessor or {}).get('pad_size_divisor') or 1)
+    for divisor in sorted({1, own, *DIVISORS}):
+        # Odd multiples, so that they are divisible by no larger power of two.
+        times = -(-TRACED_SIDE // divisor) | 1
+        image = np.zeros((1, 3, times * divisor, (times + 2) * divisor), np.float32)
+        inputs = unpadded([INPUT, *target.extras], image)
+        try:
+            with torch.no_grad(), muffled():
+                target(*map(torch.from_numpy, inputs.values()))
+        except (RuntimeError, ValueError):
+            continue
+        return divisor
+    return 1  # what it is that cannot be computed is said when it is compared
+
+
 def _dynamic(source: Source, options: Options, target: Target, row: Format) -> str:
     """The open dimensions of a format: those asked for, or of a complete model all it can."""
     if options.dynamic is not None:
@@ -317,13 +349,13 @@ def _fuse(source: Source, plan: Plan, notes: Notes) -> nn.Module:
 
 
 def _settings(
-    source: Source, target: Target, formats: Sequence[Format], notes: Notes
+    source: Source, target: Target, divisor: int, formats: Sequence[Format], notes: Notes
 ) -> Record | None:
     """What goes into model.json; None for a backbone, or where no predictor is written."""
     if source.scope != 'model':
         return None
     try:
-        return settings_of(source, target)
+        return settings_of(source, target, divisor)
     except Unshippable as error:
         if any(row.name == 'web' for row in formats):
             raise UsageError(f'--format web is not possible for this config: {error}.') from error
@@ -352,6 +384,7 @@ def _job(prepared: Prepared, size: Size, dtype: str, plan: Plan, dynamic: str) -
     target = prepared.target_of(prepared.fused[plan]).eval()
     others = options.others
     job = Job(target, size, {}, batch=options.batch, dynamic=dynamic, dtype=dtype, **others)
+    job.divisor = prepared.divisor if 'hw' in dynamic else 1
     job.settings = prepared.settings or {}
     job.metadata = {
         'version': __version__,
@@ -367,6 +400,7 @@ def _job(prepared: Prepared, size: Size, dtype: str, plan: Plan, dynamic: str) -
         'batch': options.batch,
         'dynamic': dynamic,
         'least_side': target.least_side,
+        'divisor': job.divisor,
         'dtype': dtype,
         'weights': source.weights,
         'checkpoint_sha256': source.checkpoint_sha256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,8 +78,13 @@ def _pad(step: Mapping[str, Any]) -> dict[str, Any]:
     return {'divisor': int(step['size_divisor']), 'value': value}
 
 
-def settings_of(source: Source, target: Target) -> dict[str, Any]:
+def settings_of(source: Source, target: Target, divisor: int) -> dict[str, Any]:
     """The content of model.json but for its files.
+
+    Args:
+        source: The model.
+        target: What of it is exported.
+        divisor: What the network requires height and width to be divisible by.
 
     Raises:
         Unshippable: See `pipeline_steps`.
@@ -98,7 +104,7 @@ def settings_of(source: Source, target: Target) -> dict[str, Any]:
         'classes': list(classes),
         'palette': palette(source.cfg, len(classes)),
         'steps': pipeline_steps(source.cfg),
-        'divisor': int(given.get('pad_size_divisor') or 1),
+        'divisor': math.lcm(divisor, int(given.get('pad_size_divisor') or 1)),
         'pad_value': float(given.get('pad_value') or 0) if target.preprocess is None else 0,
         'normalize': None
         if normalize is None

@@ -179,6 +179,7 @@ class Artifact(ABC):
             and all(own in (None, given) for own, given in zip(self.input_shape, shape))
             and shape[0] > 0
             and min(shape[2:]) >= self.least_side
+            and not any(side % self.divisor for side in shape[2:])
         )
 
     @property
@@ -186,10 +187,16 @@ class Artifact(ABC):
         """The smallest height and width that the network can compute."""
         return self.metadata.get('least_side', 1)
 
+    @property
+    def divisor(self) -> int:
+        """What an open height and width must be divisible by."""
+        return self.metadata.get('divisor', 1)
+
     def shown_input(self) -> str:
         """The shapes that can be run, as text."""
         least = f', of at least {self.least_side} pixels each way' if self.least_side > 1 else ''
-        return f'{shown_shape(self.input_shape)}{least}'
+        divisible = f', divisible by {self.divisor}' if self.divisor > 1 else ''
+        return f'{shown_shape(self.input_shape)}{least}{divisible}'
 
     @abstractmethod
     def close(self) -> None:
