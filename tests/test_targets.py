@@ -27,6 +27,7 @@ from repnext_mm.deploy.targets import (  # noqa: E402
     SegmentorTarget,
     UnsupportedModel,
 )
+from repnext_mm.deploy.targets.boxes import strongest  # noqa: E402
 from repnext_mm.deploy.targets.heads import Atlas, RoIPooling  # noqa: E402
 from repnext_mm.engine.quiet import muffled  # noqa: E402
 from repnext_mm.reparam.convolution_norms import fold_convolution_norms  # noqa: E402
@@ -53,7 +54,6 @@ DETECTORS = {
 #: What published configs set in pixels or channels that an eighth of the channels changes.
 CHANGES: dict[str, dict[str, Any]] = {
     'FCOS': {'bbox_head.norm_cfg': {'type': 'GN', 'num_groups': 4}},
-    'RTMDet': {'test_cfg.nms_pre': 1000},
     'RTMDet-Ins': {'test_cfg.max_per_img': 30},
     'Mask R-CNN': {'test_cfg.rcnn.max_per_img': 30, 'test_cfg.rpn.max_per_img': 200},
     'Faster R-CNN': {'test_cfg.rpn.max_per_img': 200},
@@ -160,6 +160,12 @@ def test_detections_are_those_of_predict(
         assert apart.box_px < 1e-3  # the coordinates in an atlas are rounded otherwise
         assert apart.score < 1e-5
         target.takes_atlas = False
+    assert target.dense.many == (kind == 'RTMDet')
+    if target.dense.many and nms == 'graph':
+        fixed = target.for_format('aoti')
+        assert (target.counts, fixed.counts) == (True, False)
+        apart = compared(fixed, model, step, images, sizes)[0]
+        assert (apart.same, apart.box_px, apart.score) == (3, 0, 0)
     apart, wanted, results = compared(target, model, step, images, sizes)
     assert (apart.same, apart.box_px, apart.score) == (3, 0, 0)
     for one, other in zip(wanted, results, strict=True):
@@ -179,6 +185,17 @@ def compared(target: Any, model: Any, step: Any, images: Tensor, sizes: Tensor) 
     assert sum(len(each['scores']) for each in wanted) > 20
     results = found(named, target, sizes)
     return parity.difference(wanted, results), wanted, results
+
+
+def test_only_what_is_above_a_threshold_is_sorted() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.7], [0.2, 0.0, 0.1, 0.6]])
+    values, places = strongest(scores, 3, 0.25)  # three in the first image, one in the second
+    assert places.tolist() == [[1, 3, 2], [3, 0, 2]]
+    assert values.tolist() == scores.gather(1, places).tolist()
+    assert strongest(scores, 2, 0.25)[1].tolist() == [[1, 3], [3, 0]]
+    assert strongest(scores, 3, 0.95)[1].tolist() == [[1], [3]]
+    assert strongest(scores, 3, None)[1].shape == (2, 3)
+    assert strongest(scores, 9, None)[1].shape == (2, 4)
 
 
 def test_rounding_decides_where_detections_end() -> None:

@@ -144,7 +144,7 @@ def bench_models(
 
     Each file is timed twice: alone, from prepared pixels to its outputs, and `with pixels`, from an
     image as it was loaded to boxes and masks in that image. mm's `predict` includes its own
-    data preprocessor, scaling back and pasting; it reads no file and resizes no image.
+    data preprocessor, scaling back and pasting. No row reads a file or resizes an image.
     """
     model, first = report.model, artifacts[0]
     golden = str((report.folder / first.golden).resolve())
@@ -216,6 +216,7 @@ def open_predictor(spec: Record) -> tuple[Callable[[], Any], Record]:
     model = Model(spec['path'], spec['threads'], spec['precision'])
     image = Golden.load(Path(spec['golden'])).inputs['image'][0]
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0).clip(0, 255).astype(np.uint8))
+    model.settings = {**model.settings, 'steps': []}  # of the same size as in every other row
     runtime = 'onnxruntime' if spec['path'].endswith('.onnx') else 'openvino'
     return lambda: model(pixels), {'runtime': runtime, 'precision': spec['precision'] or 'f32'}
 

@@ -393,33 +393,33 @@ def _image_masks(
     threshold: float,
 ) -> np.ndarray:
     """RTMDet-Ins: logits over the image at a stride, to masks of the original."""
-    height, width = original
-    full = np.zeros((len(logits), height, width), bool)
+    # As mmdet, which swaps the factors of width and height; they are nearly the same.
+    rows, columns = (
+        _stretching(old, old * stride, factor)[:limit]
+        for old, factor, limit in zip(logits.shape[1:], factors, original)
+    )
+    full = np.zeros((len(logits), *original), bool)
+    with np.errstate(divide='ignore'):  # the sigmoid of more than this is above the threshold
+        cut = np.log(threshold) - np.log(1 - threshold)
     for out, each in zip(full, logits):
-        large = _bilinear(each, each.shape[0] * stride, each.shape[1] * stride)
-        # As mmdet, which swaps the factors of width and height; they are nearly the same.
-        size = tuple(
-            int(np.ceil(side * (1 / factor))) for side, factor in zip(large.shape, factors)
-        )
-        values = 1 / (1 + np.exp(-_bilinear(large, *size)[:height, :width]))
-        out[: values.shape[0], : values.shape[1]] = values > threshold
+        out[: len(rows), : len(columns)] = rows @ each.astype(np.float32) @ columns.T > cut
     return full
 
 
-def _bilinear(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """torch's bilinear `interpolate` of `(H, W)` float32, without `align_corners`."""
-    for axis, new in ((0, height), (1, width)):
-        old = values.shape[axis]
-        if new == old:
-            continue
-        at = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5, 0)
-        low = np.minimum(at.astype(np.int64), old - 1)
-        part = (at - low).astype(np.float32)
-        part = part[:, None] if axis == 0 else part
-        first = values.take(low, axis)
-        second = values.take(np.minimum(low + 1, old - 1), axis)
-        values = first * (1 - part) + second * part
-    return values
+def _stretching(old: int, large: int, factor: float) -> np.ndarray:
+    """`(new, old)`: how pixels of the original weigh those of a map, which is enlarged first."""
+    return _interpolation(large, int(np.ceil(large * (1 / factor)))) @ _interpolation(old, large)
+
+
+def _interpolation(old: int, new: int) -> np.ndarray:
+    """`(new, old)`: how torch's bilinear `interpolate` weighs pixels, without `align_corners`."""
+    at = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5, 0)
+    low = np.minimum(at.astype(np.int64), old - 1)
+    part = (at - low).astype(np.float32)
+    weights = np.zeros((new, old), np.float32)
+    weights[np.arange(new), low] = 1 - part
+    weights[np.arange(new), np.minimum(low + 1, old - 1)] += part
+    return weights
 
 
 # --- a model

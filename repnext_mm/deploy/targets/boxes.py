@@ -73,6 +73,22 @@ def best(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return values, torch.where(places < count, places, 0)
 
 
+def strongest(scores: Tensor, most: int, above: float | None) -> tuple[Tensor, Tensor]:
+    """The best of `(N, R)` and their places, both `(N, K)`, where K is not known before.
+
+    K is how many are above a score in the image that has the most of them, one at least; `most` or
+    R, whatever is less, with `above=None`.
+    """
+    count = scores.shape[1]
+    if above is None:
+        is_open = isinstance(count, torch.SymInt)  # a tensor in torch.jit.trace
+        return scores.topk(torch.sym_min(most, count) if is_open else min(most, int(count)), 1)
+    k = (scores > above).sum(1).max().clamp(1, most).item()
+    torch._check(k >= 1)
+    torch._check(k <= count)
+    return scores.topk(k, 1)  # type: ignore[arg-type]
+
+
 def rows_of(values: Tensor, places: Tensor) -> Tensor:
     """`(N, R, C)` at `(N, K)`: `(N, K, C)`."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[2]))

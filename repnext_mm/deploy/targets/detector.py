@@ -58,7 +58,8 @@ class DetectorTarget(Target):
             self.dense = dense_head(model.bbox_head, model.test_cfg)
             self.masks = 'image' if isinstance(self.dense, RTMDetInsHead) else None
         self.every_mask = False
-        self.lowers_once = self.masks == 'boxes'
+        self.counts = True
+        self.lowers_once = self.masks == 'boxes' or self.dense.many
         names = ('boxes', 'scores', 'labels', *(['masks'] if self.masks else []))
         if nms == 'host':
             if self.stages or self.masks:
@@ -86,7 +87,7 @@ class DetectorTarget(Target):
         features = self.features(image, image_size)
         if self.nms == 'host':
             return self.dense.raw(features, image_size)
-        found = self.dense(features, image_size)
+        found = self.dense(features, image_size, self.counts)
         masks: list[Tensor] = []
         if self.stages is not None:
             pyramid = self.stages.atlas(features) if self.takes_atlas else features
@@ -121,7 +122,10 @@ class DetectorTarget(Target):
         twin = copy.copy(self)
         # Compiled code mixes masks up where their number is known only when it runs (torch 2.14).
         if format_name == 'aoti' and self.lowers_once:
-            twin.every_mask, twin.lowers_once = True, False
+            twin.every_mask, twin.counts, twin.lowers_once = True, False, False
+            return twin
+        if format_name == 'torchscript':  # tracing makes a constant of the number
+            twin.counts = False
             return twin
         # In bfloat16 OpenVINO rounds coordinates in an atlas to several pixels of a large image:
         # boxes of 800x1344 had a mean IoU of 0.89 instead of 0.95 with those in float32.

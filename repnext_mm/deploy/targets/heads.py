@@ -22,10 +22,16 @@ from .boxes import (
     decoded,
     flattened,
     rows_of,
+    strongest,
 )
 
 #: Without `max_per_img`, as for YOLOX: the limit of COCO's evaluation.
 MOST = 100
+#: To select more candidates of a level than these takes longer than to count first how many there
+#: are above the threshold.
+MANY = 4096
+#: Below a threshold in logits: their sigmoid may still be rounded to above it.
+SLACK = 1e-3
 
 
 class Level(NamedTuple):
@@ -103,6 +109,11 @@ class DenseHead(nn.Module):
             )
 
     @property
+    def many(self) -> bool:
+        """Whether so many are selected that it pays to count candidates first."""
+        return not 0 < self.before <= MANY and self.threshold > 0
+
+    @property
     def rule(self) -> dict[str, Any]:
         """How `raw` becomes detections; what a predictor does where NMS is left to it."""
         return {
@@ -152,22 +163,26 @@ class DenseHead(nn.Module):
             ]
         return tuple(outputs)
 
-    def candidates(self, features: Sequence[Tensor], image_size: Tensor) -> Found:
+    def candidates(self, features: Sequence[Tensor], image_size: Tensor, counts: bool) -> Found:
         """What goes into NMS: the best `nms_pre` pairs of anchor and class of each level."""
         levels = self.levels(features)
-        found = [self._selected(level, n, image_size) for n, level in enumerate(levels)]
+        found = [self._selected(level, n, image_size, counts) for n, level in enumerate(levels)]
         columns: list[Any] = [
             None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*found)
         ]
         return Found(*columns)._replace(maps=levels[0].maps)
 
-    def _selected(self, level: Level, number: int, image_size: Tensor) -> Found:
+    def _selected(self, level: Level, number: int, image_size: Tensor, counts: bool) -> Found:
         n, count, _ = level.scores.shape
         # The sigmoid keeps the order, so it is computed of what is left; softmax does not.
         late = self.head.use_sigmoid_cls
         scores = level.scores if late else self.probabilities(level.scores)
-        missing = None
-        if self.before > 0:
+        missing, above = None, self.threshold if counts else None
+        if self.many:
+            cut = logit(above) - SLACK if above and late else above
+            most = self.before if self.before > 0 else count
+            anchors = strongest(scores.amax(-1), most, cut)[1]
+        elif self.before > 0:
             top, anchors = best(scores.amax(-1), self.before)
             missing = top == -torch.inf
         else:
@@ -180,13 +195,14 @@ class DenseHead(nn.Module):
         kept, classes = scores.shape[1:]
         if classes > 1:
             pairs = self.before if self.before > 0 else kept * classes
-            scores, places = best(scores.flatten(1), pairs)
+            scores = scores.flatten(1)
+            scores, places = strongest(scores, pairs, above) if self.many else best(scores, pairs)
             labels = places % classes
             anchors = anchors.gather(1, places // classes)
         else:
             scores, labels = scores[..., 0], torch.zeros_like(anchors)
         scores = torch.where(scores > self.threshold, scores, ABSENT)
-        priors = level.priors[anchors.reshape(-1)].reshape(n, -1, level.priors.shape[1])
+        priors = level.priors[anchors]
         boxes = self.decode(priors, rows_of(level.boxes, anchors), number, image_size)
         if level.factors is not None:
             factors = level.factors.gather(1, anchors)
@@ -200,9 +216,18 @@ class DenseHead(nn.Module):
             None if level.kernels is None else priors,
         )
 
-    def forward(self, features: Sequence[Tensor], image_size: Tensor) -> Found:
-        """The detections, the best first."""
-        found = self.candidates(features, image_size)
+    def forward(
+        self, features: Sequence[Tensor], image_size: Tensor, counts: bool = False
+    ) -> Found:
+        """The detections, the best first.
+
+        Args:
+            features: By level.
+            image_size: `(N, 2)`.
+            counts: Whether shapes may depend on how many candidates there are, with the same
+                result. It matters to heads that select many.
+        """
+        found = self.candidates(features, image_size, counts)
         scores = found.scores
         if self.least_side >= 0:
             sides = (found.boxes[..., 2:] - found.boxes[..., :2]).amin(-1)
@@ -271,6 +296,8 @@ class RTMDetInsHead(DenseHead):
 class YOLOXHead(DenseHead):
     """YOLOX: only the best class of each anchor, and its score times the objectness."""
 
+    many = False  # all anchors go into NMS
+
     @property
     def rule(self) -> dict[str, Any]:
         return {**super().rule, 'nms_pre': -1, 'best_class': True}
@@ -294,12 +321,17 @@ class YOLOXHead(DenseHead):
     def decode(self, priors: Tensor, boxes: Tensor, level: int, image_size: Tensor) -> Tensor:
         return self.head._bbox_decode(priors if priors.ndim == 2 else priors[0], boxes)
 
-    def candidates(self, features: Sequence[Tensor], image_size: Tensor) -> Found:
+    def candidates(self, features: Sequence[Tensor], image_size: Tensor, counts: bool) -> Found:
         (level,) = self.levels(features)
         scores, labels = level.scores.max(-1)
         scores = torch.where(scores >= self.threshold, scores, ABSENT)
         boxes = self.decode(level.priors, level.boxes, 0, image_size)
         return Found(boxes, scores, labels, torch.zeros_like(labels))
+
+
+def logit(probability: float) -> float:
+    """The inverse of the sigmoid."""
+    return math.log(probability / (1 - probability)) if probability < 1 else math.inf
 
 
 def dense_head(head: Any, cfg: Any) -> DenseHead:
