@@ -144,6 +144,11 @@ class PyramidBackbone(BaseModule, Network):
         return tuple(self.strides[i] for i in self.out_indices)
 
     @property
+    def first_convolution(self) -> nn.Conv2d:
+        """The only module that takes the image; nothing else does."""
+        return next(module for module in self.stem.modules() if isinstance(module, nn.Conv2d))
+
+    @property
     def least_side(self) -> int:
         """The smallest height and width of an image that can be computed."""
         return 1

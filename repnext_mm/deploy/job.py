@@ -120,7 +120,7 @@ class Job:
         key = dtype or self.dtype, device
         if key in self._programs:
             return self._programs[key]
-        module = self.module(dtype).to(device)
+        module = self.module(dtype).without_swap().to(device)
         example = tuple(value.to(device) for value in self.example)
         dims = tuple({dim: self._dim(dim) for dim in dims} for dims in self.open_dims())
         with torch.no_grad():

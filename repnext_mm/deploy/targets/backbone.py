@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -32,10 +31,6 @@ class BackboneTarget(Target):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         stages = self.model(self.prepared(image))
         return stages if self.dtype is None else tuple(stage.float() for stage in stages)
-
-    def exactly(self) -> BackboneTarget:
-        """A copy in float64."""
-        return BackboneTarget(copy.deepcopy(self.model).double(), self.preprocess)
 
     def description(self) -> dict[str, Any]:
         model = self.model

@@ -40,10 +40,6 @@ class ClassifierTarget(Target):
         logits = logits if self.dtype is None else logits.float()
         return (logits.softmax(1) if self.output_names == (PROBABILITIES,) else logits,)
 
-    def exactly(self) -> ClassifierTarget:
-        """A copy in float64."""
-        return ClassifierTarget(copy.deepcopy(self.model).double(), self.preprocess)
-
     def for_format(self, format_name: str) -> ClassifierTarget:
         if format_name != 'coreml':
             return self
