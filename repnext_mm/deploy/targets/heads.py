@@ -178,12 +178,14 @@ class DenseHead(nn.Module):
         late = self.head.use_sigmoid_cls
         scores = level.scores if late else self.probabilities(level.scores)
         missing, above = None, self.threshold if counts else None
+        # Runtimes do not skip a maximum of one class.
+        highest = scores[..., 0] if level.scores.shape[2] == 1 else scores.amax(-1)
         if self.many:
             cut = logit(above) - SLACK if above and late else above
             most = self.before if self.before > 0 else count
-            anchors = strongest(scores.amax(-1), most, cut)[1]
+            anchors = strongest(highest, most, cut)[1]
         elif self.before > 0:
-            top, anchors = best(scores.amax(-1), self.before)
+            top, anchors = best(highest, self.before)
             missing = top == -torch.inf
         else:
             anchors = torch.arange(count, device=scores.device).expand(n, -1)
