@@ -27,6 +27,7 @@ from repnext_mm.deploy.report import ArtifactRecord, Report
 from repnext_mm.deploy.source import Source
 from repnext_mm.deploy.targets import BackboneTarget, Preprocess
 from repnext_mm.engine.quiet import muffled
+from repnext_mm.reparam import reparameterize
 from repnext_mm.runtimes import open_artifact
 
 FAMILIES = ('repnext_m', 'recnext_m', 'recnext_a', 'recnext_l_share', 'inception_next')
@@ -344,6 +345,27 @@ def test_a_network_that_was_not_fused(family: str, tmp_path: Path) -> None:
         assert_equal(artifact.run(image), model, image)
     operations = {str(n.target) for n in torch.export.export(model, (image,)).graph.nodes}
     assert not {name for name in operations if 'pad' in name or 'flip' in name}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_red_and_blue_change_places_in_the_weights(family: str) -> None:
+    """In programs alone: weights that are saved are those of the network."""
+    model = reparameterize(tiny(family).eval(), 'full')
+    step = Preprocess((120.0, 110.0, 100.0), (60.0, 50.0, 40.0), swap=True)
+    target = BackboneTarget(model, step).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    twin = target.without_swap()
+    image = 255 * torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for one, other in zip(target.double()(image.double()), twin.double()(image.double())):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    job = Job(target.float(), (64, 64), {})
+    for module, flips in ((job.module(), True), (job.program().module(), False)):
+        graph = torch.export.export(module, job.example).graph
+        assert any('flip' in str(node.target) for node in graph.nodes) == flips
+    assert all((job.module().model.state_dict()[k] == v).all() for k, v in before.items())
+    plain = BackboneTarget(model, replace(step, swap=False))
+    assert plain.without_swap() is plain
 
 
 def test_compare_sees_every_kind_of_difference() -> None:

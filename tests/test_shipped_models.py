@@ -24,7 +24,7 @@ from PIL import Image
 
 from repnext_mm.deploy import parity, web_runtime
 from repnext_mm.deploy.cli import deploy_main
-from repnext_mm.deploy.explain import parts_of
+from repnext_mm.deploy.explain import _part, parts_of
 from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
 from repnext_mm.prediction.command import predict_main
 from repnext_mm.runtimes import ArtifactError, open_artifact, predictor
@@ -675,6 +675,23 @@ def test_time_and_where_it_goes(
         (record,) = json.loads(capsys.readouterr().out)
         assert {'backbone', 'neck', 'head', 'RoIAlign', 'NMS', 'masks'} <= set(record['parts'])
         assert sum(part['share'] for part in record['parts'].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    'name, part',
+    [
+        ('backbone::node_conv2d', 'backbone'),
+        ('box head::node_linear', 'box head'),
+        ('fused head::node_conv2d', 'head'),
+        ('image_f32_abcd_bf16_acdb_images::node_where', 'images'),
+        ('images::node_where_abcd_acdb_backbone::node_conv2d', 'images'),
+        ('VariadicSplit_236453_bf16_f32_RoIAlign::node_roi_align', 'RoIAlign'),
+        ('Multiply_85111', ''),
+        ('of another tool::node', ''),
+    ],
+)
+def test_the_part_in_the_names_of_runtimes(name: str, part: str) -> None:
+    assert _part(name) == part
 
 
 @pytest.mark.slow

@@ -218,6 +218,11 @@ def test_rounding_decides_where_detections_end() -> None:
     assert same(chosen(0, 1, 2), chosen(0, 1, 4), 0.20001)[0] == 1
     assert same(chosen(0, 1, 2), chosen(0, 2, 3), 0.2)[0] == 0
     assert same(chosen(0, 1, 2), chosen(1, 2), 0.2)[2] == pytest.approx(1 - 0.9 / 1.6)
+    # All of one score: which are chosen is chance, and that one is found again proves nothing.
+    scores[:] = 1
+    assert same(chosen(0, 1, 2), chosen(3, 4, 5), 1.0) == (0, 0, 0.0)
+    assert same(chosen(0, 1, 2), chosen(1, 2, 5), 1.0)[0] == 1
+    scores[:] = [0.9, 0.5, 0.2, 0.2, 0.2, 0.1]
     model = SimpleNamespace(test_cfg={'max_per_img': 3, 'score_thr': 0.05})
     ends = parity._ends(model, [chosen(0, 1, 2), chosen(0, 1), chosen()])
     np.testing.assert_allclose(ends, [0.2, 0.05, 0.05], rtol=1e-6)

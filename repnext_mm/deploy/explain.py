@@ -20,7 +20,7 @@ from ..measure.operators import by_operator
 from ..runtimes import open_artifact
 from ..runtimes.onnx import ONNXArtifact
 from ..runtimes.openvino import OpenVINOArtifact, openvino_core
-from .job import IN_PART
+from .job import IN_PART, PART_NAMES
 
 #: Kinds of operators by what their names contain, in any runtime; the first that fits.
 KINDS = (
@@ -155,8 +155,12 @@ Call = tuple[str, str, str, float, float, str]
 
 
 def _part(name: str) -> str:
-    """The part of a complete model that its exporter put before the name of a node."""
-    return name.split(IN_PART)[0].removeprefix('fused ') if IN_PART in name else ''
+    """The part of a complete model that its exporter put before the name of a node.
+
+    Runtimes put words of their own before it, as OpenVINO what a conversion reads and writes.
+    """
+    before, found, _ = name.partition(IN_PART)
+    return next((part for part in PART_NAMES if before.endswith(part)), '') if found else ''
 
 
 #: ONNX Runtime names a convolution in its blocked layout by its output and this.

@@ -172,6 +172,8 @@ PARTS = (
     ('dense', 'selection'),
     ('stages', 'selection'),
 )
+#: All names of parts, the longest first, since one ends with another.
+PART_NAMES = sorted({'images', 'NMS', *(part for _, part in PARTS)}, key=len, reverse=True)
 #: Parts that are no layers of the network.
 AFTER_NETWORK = ('images', 'selection', 'RoIAlign', 'NMS')
 #: Between the part and the rest of a node's name.
