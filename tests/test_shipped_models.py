@@ -23,6 +23,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from repnext_mm.deploy import parity, web_runtime
+from repnext_mm.deploy.bench import open_predictor
 from repnext_mm.deploy.cli import deploy_main
 from repnext_mm.deploy.explain import _part, parts_of
 from repnext_mm.deploy.shipping import Unshippable, pipeline_steps
@@ -745,7 +746,9 @@ def test_core_ml_takes_an_image_and_knows_the_classes(
 
 
 @pytest.mark.slow
-def test_int8_of_a_complete_model(models: dict[str, Trained], tmp_path: Path) -> None:
+def test_int8_of_a_complete_model(
+    models: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Convolutions alone: what makes boxes stays in float."""
     import onnx
 
@@ -769,3 +772,21 @@ def test_int8_of_a_complete_model(models: dict[str, Trained], tmp_path: Path) ->
             assert 'DequantizeLinear' not in inputs
     result = Model(tmp_path / 'out')(pictures(models['det'])[0])
     assert np.isfinite(result['boxes']).all()
+
+    # The benchmark's row of the predictor: its precision, and the pixels of the other rows.
+    spec = {
+        'path': str(file(tmp_path / 'out', '.onnx')),
+        'golden': str(file(tmp_path / 'out', '.npz')),
+        'threads': 1,
+        'precision': None,
+        'dtype': 'int8',
+    }
+    settings = tmp_path / 'out' / 'model.json'
+    larger = {'resize': {'scale': [96, 96], 'keep_ratio': False}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), 'steps': [larger]}))
+    run, facts = open_predictor(spec)
+    assert facts == {'runtime': 'onnxruntime', 'precision': 'int8'}
+    assert run()['masks'].shape[1:] == (64, 64)
+    with monkeypatch.context() as patch:
+        patch.setattr('repnext_mm.runtimes.predictor.resize', None)
+        run()

@@ -32,6 +32,7 @@ from ..measure.tables import Record
 from ..network import Plan, check_plan
 from ..reparam import reparameterize
 from ..runtimes import open_artifact
+from ..runtimes.artifact import PRECISIONS
 from ..runtimes.predictor import Model
 from .folders import make_folder
 from .formats import FORMATS, Format
@@ -169,7 +170,13 @@ def bench_models(
         for precision in precisions:
             label = f'{row.name} {precision or record.dtype}'
             path = report.folder / record.path
-            spec = {**common, 'path': str(path.resolve()), 'trust': trust, 'precision': precision}
+            spec = {
+                **common,
+                'path': str(path.resolve()),
+                'trust': trust,
+                'precision': precision,
+                'dtype': record.dtype,
+            }
             facts = {'format': row.name, 'plan': record.plan, 'path': record.path, 'mode': None}
             openers = {label: 'open_file'}
             if described and row.name in ('onnx', 'openvino'):
@@ -218,7 +225,8 @@ def open_predictor(spec: Record) -> tuple[Callable[[], Any], Record]:
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0).clip(0, 255).astype(np.uint8))
     model.settings = {**model.settings, 'steps': []}  # of the same size as in every other row
     runtime = 'onnxruntime' if spec['path'].endswith('.onnx') else 'openvino'
-    return lambda: model(pixels), {'runtime': runtime, 'precision': spec['precision'] or 'f32'}
+    computed = spec['precision'] or PRECISIONS[spec['dtype']]
+    return lambda: model(pixels), {'runtime': runtime, 'precision': computed}
 
 
 # --- backbones
