@@ -207,26 +207,37 @@ def test_rounding_decides_where_detections_end() -> None:
         part = list(rows)
         return {'boxes': boxes[part], 'scores': scores[part], 'labels': np.zeros(len(part))}
 
-    def same(one: dict, other: dict, end: float) -> tuple[int, int, float]:
-        found = parity.difference([one], [other], np.array([end]))
+    def same(one: dict, other: dict, end: float, *more: int) -> tuple[int, int, float]:
+        found = parity.difference([one], [other], np.array([end]), 1e-5, [chosen(*more)])
         return found.same, found.exchanged, found.found
 
     assert same(chosen(0, 1, 2), chosen(0, 1, 2), 0.2) == (1, 0, 1.0)
-    assert same(chosen(0, 1, 2), chosen(0, 1, 3), 0.2) == (1, 2, 1.0)
+    assert same(chosen(0, 1, 2), chosen(0, 1, 3), 0.2) == (1, 1, 1.0)
     assert same(chosen(0, 1, 2), chosen(0, 1), 0.2) == (1, 1, 1.0)  # at the threshold
+    assert same(chosen(0, 1, 2), chosen(0, 1, 4), 0.2)[0] == 1
+    scores[4] = 0.2001
     assert same(chosen(0, 1, 2), chosen(0, 1, 4), 0.2)[0] == 0
-    assert same(chosen(0, 1, 2), chosen(0, 1, 4), 0.20001)[0] == 1
     assert same(chosen(0, 1, 2), chosen(0, 2, 3), 0.2)[0] == 0
     assert same(chosen(0, 1, 2), chosen(1, 2), 0.2)[2] == pytest.approx(1 - 0.9 / 1.6)
     # All of one score: which are chosen is chance, and that one is found again proves nothing.
     scores[:] = 1
-    assert same(chosen(0, 1, 2), chosen(3, 4, 5), 1.0) == (0, 0, 0.0)
+    assert same(chosen(0, 1, 2), chosen(3, 4, 5), 1.0)[::2] == (0, 0.0)
     assert same(chosen(0, 1, 2), chosen(1, 2, 5), 1.0)[0] == 1
+    # But that they follow in the trained model's own list does, and what does not is refused.
+    assert same(chosen(0, 1, 2), chosen(3, 4, 5), 1.0, 3, 4, 5) == (1, 3, 1.0)
+    assert same(chosen(0, 1, 2), chosen(3, 4, 5), 1.0, 3)[0] == 0
+    far = chosen(3, 4, 5)
+    far['boxes'] = far['boxes'] + 1
+    moved = parity.difference([chosen(0, 1, 2)], [far], np.ones(1), 1e-5, [chosen(3, 4, 5)])
+    assert (moved.same, moved.box_px) == (1, 1)
+    scores[5] = 0.9
+    assert same(chosen(0, 1, 2), chosen(0, 1, 5), 1.0, 3, 5)[0] == 0
     scores[:] = [0.9, 0.5, 0.2, 0.2, 0.2, 0.1]
-    model = SimpleNamespace(test_cfg={'max_per_img': 3, 'score_thr': 0.05})
+    head = SimpleNamespace(test_cfg={'max_per_img': 3, 'score_thr': 0.05})
+    model = SimpleNamespace(bbox_head=head)
     ends = parity._ends(model, [chosen(0, 1, 2), chosen(0, 1), chosen()])
     np.testing.assert_allclose(ends, [0.2, 0.05, 0.05], rtol=1e-6)
-    model = SimpleNamespace(test_cfg={'rcnn': {'max_per_img': 2, 'score_thr': 0.05}, 'rpn': {}})
+    model = SimpleNamespace(roi_head=SimpleNamespace(test_cfg={'max_per_img': 2}))
     np.testing.assert_allclose(parity._ends(model, [chosen(0, 1)]), [0.5])
 
 

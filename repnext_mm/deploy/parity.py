@@ -32,6 +32,7 @@ from .targets import (
     Preprocess,
     Target,
 )
+from .targets.heads import MOST
 
 #: Of the arrays to compare on: a batch of 8 in 1344x800 takes 0.6 GB.
 MOST_BYTES = 2 << 30
@@ -41,6 +42,9 @@ END = 1e-5
 #: Share of the detections of an image that may be exchanged there.
 MOST_EXCHANGED = 0.05
 FLOOR = 'floor'
+#: What a detection is beside its mask, and before the names of those that follow the kept ones.
+COLUMNS = ('boxes', 'scores', 'labels')
+BEYOND = 'beyond_'
 
 
 @dataclass(frozen=True)
@@ -345,11 +349,11 @@ class DetectionParity(Parity):
     ) -> Golden:
         image, sizes = inputs[INPUT], inputs[IMAGE_SIZE]
         x = target.preprocess.apply(image, sizes) if target.preprocess else image
-        found, after = (_detected(model, x, sizes) for model in (trained, fused))
+        found, after = (_kept(model, x, sizes) for model in (trained, fused))
+        beyond = _beyond(trained, x, sizes)
         ends = _ends(trained, found)
-        floor = difference(found, after, ends + END)
+        floor = difference(found, after, ends, END, beyond)
         outputs: dict[str, np.ndarray] = {
-            'counts': np.array([len(each['scores']) for each in found]),
             'ends': ends,
             FLOOR: np.array(
                 [
@@ -361,8 +365,10 @@ class DetectionParity(Parity):
                 ]
             ),
         }
-        for key in ('boxes', 'scores', 'labels'):
-            outputs[key] = np.concatenate([each[key] for each in found])
+        for prefix, images in (('', found), (BEYOND, beyond)):
+            outputs[f'{prefix}counts'] = np.array([len(each['scores']) for each in images])
+            for key in COLUMNS:
+                outputs[prefix + key] = np.concatenate([each[key] for each in images])
         if 'masks' in found[0]:
             for number, each in enumerate(found):
                 outputs[f'masks{number}'] = np.packbits(each['masks'], axis=None)
@@ -384,8 +390,10 @@ class DetectionParity(Parity):
             shape = int(size[0]), int(size[1])
             got.append(finish(own, metadata, shape, shape, (1.0, 1.0)))
         same, box_px, score, found, mask_px = expected.outputs[FLOOR]
-        ends = expected.outputs.get('ends')  # not in older files
-        apart = difference(want, got, None if ends is None else ends + max(END, 4 * score))
+        ends, beyond = None, None
+        if 'ends' in expected.outputs:  # not in older files
+            ends, beyond = expected.outputs['ends'], self._expected(expected, BEYOND)
+        apart = difference(want, got, ends, max(END, 4 * score), beyond)
         inside = sum(int(each['masks'].sum()) for each in want if 'masks' in each)
         # Where fusing alone changes what is found, as at ties, a file may do so as well.
         every = apart.same == apart.images or not same or tolerance.found < 1
@@ -417,12 +425,12 @@ class DetectionParity(Parity):
         return [ParityRow('detections', bool(passed), text, measures)]
 
     @staticmethod
-    def _expected(golden: Golden) -> list[dict[str, np.ndarray]]:
+    def _expected(golden: Golden, prefix: str = '') -> list[dict[str, np.ndarray]]:
         arrays, start, images = golden.outputs, 0, []
-        for number, count in enumerate(arrays['counts']):
-            own = {k: arrays[k][start : start + count] for k in ('boxes', 'scores', 'labels')}
+        for number, count in enumerate(arrays[f'{prefix}counts']):
+            own = {key: arrays[prefix + key][start : start + count] for key in COLUMNS}
             start += count
-            if f'masks{number}' in arrays:
+            if f'masks{number}' in arrays and not prefix:
                 height, width = golden.inputs[IMAGE_SIZE][number].astype(int)
                 bits = np.unpackbits(arrays[f'masks{number}'], count=count * height * width)
                 own['masks'] = bits.reshape(count, height, width).astype(bool)
@@ -434,42 +442,83 @@ def difference(
     expected: Sequence[Mapping[str, np.ndarray]],
     found: Sequence[Mapping[str, np.ndarray]],
     ends: np.ndarray | None = None,
+    slack: float = 0.0,
+    beyond: Sequence[Mapping[str, np.ndarray]] | None = None,
 ) -> Difference:
     """Compare detections image by image; each expected one is the next in its class.
 
     Args:
         expected: Of each image, sorted or not.
         found: The same.
-        ends: `(images,)` scores; what is not above its image's may be in one of the two alone, as
-            far as it is one detection or `MOST_EXCHANGED` of them: many of one score prove nothing.
+        ends: `(images,)`, the lowest score of each that is kept; candidates of it may be exchanged.
+        slack: How far from that score they may be.
+        beyond: What follows the expected in each image; those that are found instead are compared
+            with these. Of others, one or `MOST_EXCHANGED` may be exchanged: that many detections
+            of one score are found again would prove nothing.
     """
     total = Difference(0, len(expected), 0.0, 0.0, 0, 1.0)
     weight = lost = 0.0
     limits = [-np.inf] * len(expected) if ends is None else ends.tolist()
-    for want, got, end in zip(expected, found, limits, strict=True):
-        pairs = _matches(want, got)
+    for number, (want, got, limit) in enumerate(zip(expected, found, limits, strict=True)):
+        count = len(want['scores'])
+        every = want
+        if beyond is not None:
+            every = {k: np.concatenate([want[k], beyond[number][k]]) for k in COLUMNS}
+        matched = _matches(every, got)
+        pairs = [(i, j) for i, j in matched if i < count]
         missed = np.delete(want['scores'], [i for i, _ in pairs])
-        added = np.delete(got['scores'], [j for _, j in pairs])
-        at_end = max(int((missed <= end).sum()), int((added <= end).sum()))
-        if at_end > max(1, MOST_EXCHANGED * len(want['scores'])):
+        added = np.delete(got['scores'], [j for _, j in matched])
+        instead = every['scores'][[i for i, _ in matched if i >= count]]
+        end = limit + slack
+        at_end = max(int((missed <= end).sum()) - len(instead), int((added <= end).sum()))
+        if at_end > max(1, MOST_EXCHANGED * count):
             end = -np.inf
-        complete = bool((missed <= end).all() and (added <= end).all())
+        complete = bool(
+            (missed <= end).all() and (added <= end).all() and (instead >= limit - slack).all()
+        )
         weight += float(want['scores'].sum())
         lost += float(missed[missed > end].sum())
-        box = max((np.abs(want['boxes'][i] - got['boxes'][j]).max() for i, j in pairs), default=0)
-        score = max((abs(want['scores'][i] - got['scores'][j]) for i, j in pairs), default=0)
+        box = max(
+            (np.abs(every['boxes'][i] - got['boxes'][j]).max() for i, j in matched), default=0
+        )
+        score = max((abs(every['scores'][i] - got['scores'][j]) for i, j in matched), default=0)
         pixels = 0
         if 'masks' in want and 'masks' in got:
             pixels = sum(int((want['masks'][i] != got['masks'][j]).sum()) for i, j in pairs)
         total = replace(
             total,
             same=total.same + complete,
-            exchanged=total.exchanged + int((missed <= end).sum() + (added <= end).sum()),
+            exchanged=total.exchanged + max(int((missed <= end).sum()), len(added)),
             box_px=max(total.box_px, float(box)),
             score=max(total.score, float(score)),
             mask_px=total.mask_px + pixels,
         )
     return replace(total, found=1 - lost / weight if weight else 1.0)
+
+
+def _last_cfg(model: Any) -> Any:
+    """The `test_cfg` of the part of a detector that decides what is kept."""
+    return (getattr(model, 'roi_head', None) or model.bbox_head).test_cfg
+
+
+def _kept(model: Any, x: Tensor, sizes: Tensor) -> list[dict[str, np.ndarray]]:
+    """What a detector finds in each image, as many as a file keeps where it has no limit."""
+    most = _last_cfg(model).get('max_per_img', MOST)
+    return [{k: v[:most] for k, v in each.items()} for each in _detected(model, x, sizes)]
+
+
+def _beyond(model: Any, x: Tensor, sizes: Tensor) -> list[dict[str, np.ndarray]]:
+    """What follows that in each image, without masks: as many again."""
+    cfg = _last_cfg(model)
+    limited, most = 'max_per_img' in cfg, cfg.get('max_per_img', MOST)
+    if limited:
+        cfg.max_per_img = 2 * most
+    try:
+        every = _detected(model, x, sizes)
+    finally:
+        if limited:
+            cfg.max_per_img = most
+    return [{key: each[key][most : 2 * most] for key in COLUMNS} for each in every]
 
 
 def _ends(model: Any, found: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -478,8 +527,8 @@ def _ends(model: Any, found: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     That of its last detection where there are as many as it may give, else its threshold. Rounding
     decides on which side of it candidates of this score are.
     """
-    cfg = model.test_cfg.get('rcnn') or model.test_cfg
-    most, threshold = cfg.get('max_per_img', -1), float(cfg.get('score_thr', 0))
+    cfg = _last_cfg(model)
+    most, threshold = cfg.get('max_per_img', MOST), float(cfg.get('score_thr', 0))
     return np.array(
         [
             float(each['scores'].min()) if 0 < most <= len(each['scores']) else threshold
