@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,12 +232,26 @@ def test_rounding_decides_where_detections_end() -> None:
     scores[5] = 0.9
     assert same(chosen(0, 1, 2), chosen(0, 1, 5), 1.0, 3, 5)[0] == 0
     scores[:] = [0.9, 0.5, 0.2, 0.2, 0.2, 0.1]
-    head = SimpleNamespace(test_cfg={'max_per_img': 3, 'score_thr': 0.05})
-    model = SimpleNamespace(bbox_head=head)
-    ends = parity._ends(model, [chosen(0, 1, 2), chosen(0, 1), chosen()])
+    ends = parity._ends([chosen(0, 1, 2), chosen(0, 1), chosen()], 3, 0.05)
     np.testing.assert_allclose(ends, [0.2, 0.05, 0.05], rtol=1e-6)
-    model = SimpleNamespace(roi_head=SimpleNamespace(test_cfg={'max_per_img': 2}))
-    np.testing.assert_allclose(parity._ends(model, [chosen(0, 1)]), [0.5])
+    np.testing.assert_allclose(parity._ends([chosen(0, 1)], 2, 0.05), [0.5])
+
+
+@pytest.mark.parametrize('kind', ['RetinaNet', 'YOLOX', 'Mask R-CNN'])
+def test_what_follows_is_found_and_the_limit_stays(
+    kind: str, images: Tensor, sizes: Tensor
+) -> None:
+    model, step = detector(kind)
+    cfg = getattr(model, 'roi_head', None) or model.bbox_head
+    before = dict(cfg.test_cfg)
+    x = step.apply(images, sizes) if step else images
+    with torch.no_grad():
+        first, more = parity._beyond(model, x, sizes, 4), parity._beyond(model, x, sizes, 2)
+    assert dict(cfg.test_cfg) == before
+    assert max(len(each['scores']) for each in first) == 4
+    for one, other, found in zip(first, more, expected(model, step, images, sizes), strict=True):
+        np.testing.assert_array_equal(one['scores'], found['scores'][4:8])
+        np.testing.assert_array_equal(other['boxes'], found['boxes'][2:4])
 
 
 @pytest.mark.parametrize('name, word', REFUSED.items())

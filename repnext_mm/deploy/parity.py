@@ -29,10 +29,10 @@ from .targets import (
     OUT_SIZE,
     BackboneTarget,
     ClassifierTarget,
+    DetectorTarget,
     Preprocess,
     Target,
 )
-from .targets.heads import MOST
 
 #: Of the arrays to compare on: a batch of 8 in 1344x800 takes 0.6 GB.
 MOST_BYTES = 2 << 30
@@ -328,7 +328,7 @@ class Difference:
         score: The same of scores.
         mask_px: Pixels that differ in their masks.
         found: Share of the expected ones, weighted by score, that are found again.
-        exchanged: How many are in one of the two sets only, at the score where they end.
+        exchanged: How many of the expected, at the score where they end, others are found for.
     """
 
     same: int
@@ -349,9 +349,15 @@ class DetectionParity(Parity):
     ) -> Golden:
         image, sizes = inputs[INPUT], inputs[IMAGE_SIZE]
         x = target.preprocess.apply(image, sizes) if target.preprocess else image
-        found, after = (_kept(model, x, sizes) for model in (trained, fused))
-        beyond = _beyond(trained, x, sizes)
-        ends = _ends(trained, found)
+        assert isinstance(target, DetectorTarget), 'the target of this parity'
+        last = target.stages or target.dense
+        found, after = (
+            # YOLOX has no limit of its own, and its file has one.
+            [{k: v[: last.most] for k, v in each.items()} for each in _detected(model, x, sizes)]
+            for model in (trained, fused)
+        )
+        beyond = _beyond(trained, x, sizes, last.most)
+        ends = _ends(found, last.most, last.threshold)
         floor = difference(found, after, ends, END, beyond)
         outputs: dict[str, np.ndarray] = {
             'ends': ends,
@@ -453,8 +459,8 @@ def difference(
         ends: `(images,)`, the lowest score of each that is kept; candidates of it may be exchanged.
         slack: How far from that score they may be.
         beyond: What follows the expected in each image; those that are found instead are compared
-            with these. Of others, one or `MOST_EXCHANGED` may be exchanged: that many detections
-            of one score are found again would prove nothing.
+            with these. Of others, one or `MOST_EXCHANGED` may be exchanged; where more were,
+            as where all have one score, nothing would be proven.
     """
     total = Difference(0, len(expected), 0.0, 0.0, 0, 1.0)
     weight = lost = 0.0
@@ -488,7 +494,7 @@ def difference(
         total = replace(
             total,
             same=total.same + complete,
-            exchanged=total.exchanged + max(int((missed <= end).sum()), len(added)),
+            exchanged=total.exchanged + max(int((missed <= end).sum()), int((added <= end).sum())),
             box_px=max(total.box_px, float(box)),
             score=max(total.score, float(score)),
             mask_px=total.mask_px + pixels,
@@ -496,42 +502,30 @@ def difference(
     return replace(total, found=1 - lost / weight if weight else 1.0)
 
 
-def _last_cfg(model: Any) -> Any:
-    """The `test_cfg` of the part of a detector that decides what is kept."""
-    return (getattr(model, 'roi_head', None) or model.bbox_head).test_cfg
-
-
-def _kept(model: Any, x: Tensor, sizes: Tensor) -> list[dict[str, np.ndarray]]:
-    """What a detector finds in each image, as many as a file keeps where it has no limit."""
-    most = _last_cfg(model).get('max_per_img', MOST)
-    return [{k: v[:most] for k, v in each.items()} for each in _detected(model, x, sizes)]
-
-
-def _beyond(model: Any, x: Tensor, sizes: Tensor) -> list[dict[str, np.ndarray]]:
-    """What follows that in each image, without masks: as many again."""
-    cfg = _last_cfg(model)
-    limited, most = 'max_per_img' in cfg, cfg.get('max_per_img', MOST)
-    if limited:
-        cfg.max_per_img = 2 * most
+def _beyond(model: Any, x: Tensor, sizes: Tensor, most: int) -> list[dict[str, np.ndarray]]:
+    """What follows the first `most` detections in each image, without masks: as many again."""
+    cfg = (getattr(model, 'roi_head', None) or model.bbox_head).test_cfg
+    limit = cfg.get('max_per_img')  # YOLOX has none
     try:
+        cfg.max_per_img = 2 * most
         every = _detected(model, x, sizes)
     finally:
-        if limited:
-            cfg.max_per_img = most
+        if limit is None:
+            del cfg['max_per_img']
+        else:
+            cfg.max_per_img = limit
     return [{key: each[key][most : 2 * most] for key in COLUMNS} for each in every]
 
 
-def _ends(model: Any, found: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+def _ends(found: Sequence[Mapping[str, np.ndarray]], most: int, threshold: float) -> np.ndarray:
     """`(images,)`: the lowest score that a detector keeps in each image.
 
     That of its last detection where there are as many as it may give, else its threshold. Rounding
     decides on which side of it candidates of this score are.
     """
-    cfg = _last_cfg(model)
-    most, threshold = cfg.get('max_per_img', MOST), float(cfg.get('score_thr', 0))
     return np.array(
         [
-            float(each['scores'].min()) if 0 < most <= len(each['scores']) else threshold
+            float(each['scores'].min()) if len(each['scores']) >= most else threshold
             for each in found
         ]
     )

@@ -383,8 +383,16 @@ def _job(prepared: Prepared, size: Size, dtype: str, plan: Plan, dynamic: str) -
     source, options, preprocess = prepared.source, prepared.options, prepared.preprocess
     target = prepared.target_of(prepared.fused[plan]).eval()
     others = options.others
-    job = Job(target, size, {}, batch=options.batch, dynamic=dynamic, dtype=dtype, **others)
-    job.divisor = prepared.divisor if 'hw' in dynamic else 1
+    job = Job(
+        target,
+        size,
+        {},
+        batch=options.batch,
+        dynamic=dynamic,
+        divisor=prepared.divisor if 'hw' in dynamic else 1,
+        dtype=dtype,
+        **others,
+    )
     job.settings = prepared.settings or {}
     job.metadata = {
         'version': __version__,

@@ -190,7 +190,7 @@ class Artifact(ABC):
     @property
     def divisor(self) -> int:
         """What an open height and width must be divisible by."""
-        return self.metadata.get('divisor', 1)
+        return self.metadata.get('divisor') or 1
 
     def shown_input(self) -> str:
         """The shapes that can be run, as text."""

@@ -111,7 +111,7 @@ class DenseHead(nn.Module):
     @property
     def many(self) -> bool:
         """Whether so many are selected that it pays to count candidates first."""
-        return not 0 < self.before <= MANY and self.threshold > 0
+        return self.before > MANY and self.threshold > 0
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -182,8 +182,7 @@ class DenseHead(nn.Module):
         highest = scores[..., 0] if level.scores.shape[2] == 1 else scores.amax(-1)
         if self.many:
             cut = logit(above) - SLACK if above and late else above
-            most = self.before if self.before > 0 else count
-            anchors = strongest(highest, most, cut)[1]
+            anchors = strongest(highest, self.before, cut)[1]
         elif self.before > 0:
             top, anchors = best(highest, self.before)
             missing = top == -torch.inf
